@@ -1,0 +1,1130 @@
+# SPDX-License-Identifier: MIT
+"""WebSockets for Django, in one file: copy it into your project.
+
+    # asgi.py
+    from django_ws import websockets
+
+    application = websockets(get_asgi_application())
+
+    # urls.py
+    from django_ws import websocket
+
+    urlpatterns = [path("", index), websocket("ws/<room>/", chat)]
+
+    # views.py
+    async def chat(socket, room):
+        user = await socket.auser()
+        await socket.accept()
+        async for message in socket.iter_json():
+            await socket.send_json({"room": room, "from": str(user), **message})
+
+The handshake is a Django request: it passes your MIDDLEWARE, is resolved by your
+URLconf, is checked against ALLOWED_HOSTS and CSRF_TRUSTED_ORIGINS, and is refused with
+your error pages. Serve it with an ASGI server that speaks WebSocket, for example
+`pip install 'uvicorn[standard]'` and `uvicorn project.asgi:application`.
+"""
+
+import asyncio
+import enum
+import inspect
+import io
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+)
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial, update_wrapper
+from typing import Any, ClassVar, Literal
+
+from asgiref.sync import (
+    SyncToAsync,
+    ThreadSensitiveContext,
+    iscoroutinefunction,
+    sync_to_async,
+)
+from django.conf import settings
+from django.core import signals
+from django.core.exceptions import PermissionDenied
+from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
+from django.core.handlers.exception import convert_exception_to_response
+from django.core.serializers.json import DjangoJSONEncoder
+from django.db import close_old_connections, connections
+from django.http import (
+    Http404,
+    HttpRequest,
+    HttpResponse,
+    HttpResponseForbidden,
+    HttpResponseServerError,
+    QueryDict,
+)
+from django.http.response import HttpResponseBase, ResponseHeaders
+from django.middleware.csrf import REASON_BAD_ORIGIN, CsrfViewMiddleware
+from django.urls import (
+    ResolverMatch,
+    URLPattern,
+    path,
+    re_path,
+    set_script_prefix,
+    set_urlconf,
+)
+from django.utils.log import log_response
+
+__all__ = [
+    "CloseCode",
+    "InvalidMessage",
+    "ReceiveEvent",
+    "SendEvent",
+    "WebSocket",
+    "WebSocketDisconnect",
+    "re_websocket",
+    "websocket",
+    "websockets",
+]
+
+Scope = dict[str, Any]
+Event = Mapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
+View = Callable[..., Any]
+Headers = Mapping[str, str] | Iterable[tuple[str | bytes, str | bytes]]
+
+
+# The words of the wire
+
+
+class SendEvent(enum.StrEnum):
+    """What an application sends to the server (ASGI, "WebSocket")."""
+
+    ACCEPT = "websocket.accept"  # completes the handshake, once, before any message
+    SEND = "websocket.send"  # one message to the client, text or bytes
+    CLOSE = "websocket.close"  # refuses before ACCEPT (HTTP 403), ends after it
+
+
+class ReceiveEvent(enum.StrEnum):
+    """What an application receives from the server (ASGI, "WebSocket")."""
+
+    CONNECT = "websocket.connect"  # first: a client asks for a handshake
+    RECEIVE = "websocket.receive"  # one message from the client, text or bytes
+    DISCONNECT = "websocket.disconnect"  # last: the connection has ended
+
+
+class CloseCode(enum.IntEnum):
+    """Why a connection ended (RFC 6455, section 7.4, and IANA's registry).
+
+    Codes from 4000 to 4999 are yours to define. Those marked "never sent" are only
+    reported, and `WebSocket.close` refuses them.
+    """
+
+    NORMAL_CLOSURE = 1000  # what the connection was opened for is done
+    GOING_AWAY = 1001  # the page was left, or the server goes down
+    PROTOCOL_ERROR = 1002  # a frame broke RFC 6455
+    UNSUPPORTED_DATA = 1003  # text where bytes were wanted, or the reverse
+    NO_STATUS_RECEIVED = 1005  # never sent: the close frame had no code
+    ABNORMAL_CLOSURE = 1006  # never sent: the connection broke without a close frame
+    INVALID_FRAME_PAYLOAD_DATA = 1007  # no UTF-8 in a text message, or no JSON
+    POLICY_VIOLATION = 1008  # not allowed: what PermissionDenied becomes
+    MESSAGE_TOO_BIG = 1009  # larger than the receiver takes
+    MANDATORY_EXTENSION = 1010  # the client needs an extension that was not agreed
+    INTERNAL_ERROR = 1011  # the server failed: what an exception in a view becomes
+    SERVICE_RESTART = 1012  # the server restarts: reconnect after a random 5 to 30 s
+    TRY_AGAIN_LATER = 1013  # overload: try again later, or with less
+    BAD_GATEWAY = 1014  # a gateway got an invalid response from its upstream
+    TLS_HANDSHAKE = 1015  # never sent: the TLS handshake failed
+    UNAUTHORIZED = 3000  # like HTTP 401
+    FORBIDDEN = 3003  # like HTTP 403
+    TIMEOUT = 3008  # like HTTP 408
+
+
+# What can go wrong
+
+
+class WebSocketDisconnect(Exception):
+    """The connection has ended; left uncaught in a view, it is a normal end.
+
+    `code` is the close code (int) and `reason` its text (str, often empty), of
+    whichever side closed; 1005 where the close frame had no code, 1006 where the
+    connection broke without one (RFC 6455, section 7.1.5).
+    """
+
+    def __init__(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
+        super().__init__(code, reason)
+        self.code = code
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the WebSocket has ended: {self.code} {self.reason}".rstrip()
+
+
+class InvalidMessage(Exception):
+    """The client sent what the view did not ask for; the socket stays usable.
+
+    `code` (int) is what the connection is closed with where a view leaves it uncaught:
+    1003 for bytes in place of text or the reverse, 1007 for what is no JSON
+    (RFC 6455, section 7.4.1).
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# The socket
+
+# RFC 7230, section 3.2.6: a header's name is a token.
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# What the server itself writes on the answer to a handshake: ASGI reserves
+# Sec-WebSocket-Protocol ("Accept - send event"), RFC 6455 (section 4.2.2) the others,
+# and an answer with the status 101 has no body.
+_SERVERS_OWN = re.compile(
+    r"connection|upgrade|content-length|transfer-encoding|sec-websocket-.*", re.I
+)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that JSON can carry")
+    return number
+
+
+# JSON has no NaN and no Infinity (RFC 8259, section 6), though Python's parser takes
+# them; the browser at the other end would not.
+_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
+_encode_json = DjangoJSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, allow_nan=False
+).encode
+
+
+class WebSocket:
+    """The server's end of one WebSocket, handed to a view as its first argument.
+
+    Every attribute that is not listed here is that of `request`, the HttpRequest of the
+    handshake as the middleware left it: `socket.user`, `await socket.auser()`,
+    `socket.session`, `socket.headers`, `socket.COOKIES`, `socket.GET`,
+    `socket.resolver_match`, `socket.build_absolute_uri()`. `scope` is the ASGI
+    connection scope as the server made it.
+
+    One task at a time may receive; any number may send.
+    """
+
+    #: Seconds after which a busy view is asked for: has its client left?
+    WATCH = 1.0
+
+    __slots__ = (
+        "scope",
+        "request",
+        "_receive",
+        "_send",
+        "_lease",
+        "_connect",
+        "_refuse",
+        "_headers",
+        "_state",
+        "_end",
+        "_task",
+        "_told",
+        "_waiting",
+        "_ahead",
+        "_timer",
+        "__dict__",  # what decorators set on a request; made when first needed
+        "__weakref__",
+    )
+
+    def __init__(
+        self,
+        scope: Scope,
+        request: ASGIRequest,
+        receive: Receive,
+        send: Send,
+        lease: Any,
+    ) -> None:
+        self.scope = scope
+        self.request = request
+        self._receive = receive
+        self._send = send
+        self._lease = lease
+        # Of the handshake, until it is answered: the event that began it, what refuses
+        # it, and the headers that the middleware adds to its answer.
+        self._connect: Event | None = None
+        self._refuse: Callable[[Any], Awaitable[None]] | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._state: Literal["connecting", "open", "closed"] = "connecting"
+        self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
+        # The view's task, and whether it knows of the end: by an exception, by its own
+        # close(), or because it was cancelled.
+        self._task: asyncio.Task[Any] | None = None
+        self._told: Literal["", "raised", "cancelled"] = ""
+        # Whether a task waits in receive(), what reads ahead where none does for
+        # a second, and the timer for that second.
+        self._waiting = False
+        self._ahead: asyncio.Task[Event] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "request":  # not set yet, as in copy.copy(): no endless recursion
+            raise AttributeError(name)
+        return getattr(self.request, name)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._state} {self.path!r}>"
+
+    @property
+    def scheme(self) -> str:
+        """`"wss"` where the connection is encrypted, `"ws"` where it is not (str).
+
+        SECURE_PROXY_SSL_HEADER is heeded, as in `HttpRequest.is_secure()`.
+        """
+        return "wss" if self.request.is_secure() else "ws"
+
+    @property
+    def path(self) -> str:
+        """The path that was asked for, without the query string (str)."""
+        return self.request.path
+
+    @property
+    def query_params(self) -> QueryDict:
+        """The parameters of the query string (QueryDict), as `request.GET`."""
+        return self.request.GET
+
+    @property
+    def query_string(self) -> str:
+        """The query string as it was sent, without the question mark (str)."""
+        return str(self.request.META["QUERY_STRING"])
+
+    @property
+    def subprotocols(self) -> list[str]:
+        """The subprotocols that the client offers, its favourite first (list of str).
+
+        RFC 6455, section 1.9.
+        """
+        return list(self.scope.get("subprotocols") or ())
+
+    @property
+    def connected(self) -> bool:
+        """Whether messages can go by: after `accept()`, until either side's end."""
+        return self._state == "open"
+
+    async def receive(self) -> Event:
+        """Return the next ASGI event (a mapping), as the server gave it.
+
+        First `websocket.connect`, unless `accept()` was called before; then
+        `websocket.receive` for each message; at last one `websocket.disconnect`.
+
+        Cancelling it is safe on servers whose own `receive` is: no event is lost.
+
+        Raises `WebSocketDisconnect` after the end.
+        Source: ASGI, "WebSocket".
+        """
+        if self._waiting:
+            raise RuntimeError("another task is receiving from this WebSocket")
+        if self._lease.worker is not None:
+            self._lease.release()
+        if self._state == "connecting" and self._connect is not None:
+            event, self._connect = self._connect, None
+            return event
+        self._waiting = True
+        try:
+            if self._ahead is not None:
+                await asyncio.wait([self._ahead])  # cancelling this leaves it alone
+                event, self._ahead = self._ahead.result(), None
+            elif self._state == "closed":
+                raise self._disconnect()
+            else:
+                event = await self._receive()
+        finally:
+            self._waiting = False
+        if event["type"] == "websocket.disconnect":
+            self._ended(event.get("code") or 1005, event.get("reason") or "")
+        elif self._timer is None:
+            self._watch()
+        return event
+
+    def _watch(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self.WATCH, self._look)
+
+    def _look(self) -> None:
+        """See after a view that did not wait for its client just now."""
+        self._timer = None
+        if self._state == "closed":
+            if not self._told and self._task is not None:
+                self._told = "cancelled"
+                self._task.cancel()
+        elif not self._waiting and self._ahead is None:
+            # One event ahead of the view: it may be the end. Any more would take the
+            # server's back-pressure away.
+            self._ahead = asyncio.ensure_future(self._receive())
+            self._ahead.add_done_callback(self._looked)
+
+    def _looked(self, ahead: asyncio.Future[Event]) -> None:
+        if self._ahead is not ahead or ahead.cancelled():
+            return
+        if ahead.exception() is not None:
+            self._ahead = None  # the view will see when it asks the server itself
+        elif ahead.result()["type"] == "websocket.disconnect" and not self._waiting:
+            event = ahead.result()
+            self._ended(event.get("code") or 1005, event.get("reason") or "")
+            self._look()
+
+    def _ended(self, code: int, reason: str) -> None:
+        if self._state != "closed":
+            self._state, self._end = "closed", (code, reason)
+            if self._timer is None:
+                self._watch()  # over the view's task, where another task learns of it
+        self._disconnect()
+
+    def _disconnect(self) -> WebSocketDisconnect:
+        """Return the exception for the end, which the task that runs now learns of."""
+        if not self._told and asyncio.current_task() is self._task:
+            self._told = "raised"
+        return WebSocketDisconnect(*self._end)
+
+    def _stop(self) -> None:
+        """Leave nothing behind when the view has ended."""
+        self._task = None
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._ahead is not None:
+            self._ahead.cancel()
+
+    async def send(self, event: Event) -> None:
+        """Send one ASGI event (a mapping) to the server.
+
+        `websocket.accept` or `websocket.close` before the handshake's end,
+        `websocket.send` or `websocket.close` after it. It waits while the client reads
+        more slowly than the view sends (the server's back-pressure).
+
+        Cancelling it is safe: the event was sent, or it was not; part of it never.
+
+        Raises `RuntimeError` for an event that is out of turn, with nothing sent;
+        `WebSocketDisconnect` after the end.
+        Source: ASGI, "WebSocket".
+        """
+        kind = event["type"]
+        if self._state != "open" or kind != "websocket.send":
+            self._check(kind, event)
+        try:
+            await self._send(event)
+        except (OSError, RuntimeError) as error:
+            # OSError is what a server raises when the client has gone (ASGI 2.4), and
+            # RuntimeError what uvicorn raises where it closed by itself (no answer to
+            # its ping, a message too big) and `receive` has not told us yet.
+            if self._state == "connecting" and isinstance(error, RuntimeError):
+                raise
+            self._ended(CloseCode.ABNORMAL_CLOSURE, "")
+            raise self._disconnect() from error
+        if self._refuse is not None:
+            self._answered("open" if kind == "websocket.accept" else "closed")
+
+    def _handshake(
+        self,
+        connect: Event,
+        refuse: Callable[[Any], Awaitable[None]],
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
+        self._connect, self._refuse, self._headers = connect, refuse, headers
+
+    def _answered(self, state: Literal["open", "closed"]) -> None:
+        self._state, self._connect, self._refuse, self._headers = state, None, None, []
+
+    def _check(self, kind: str, event: Event) -> None:
+        """Let an event other than a message pass, or raise."""
+        if self._state == "closed":
+            raise self._disconnect()
+        if kind == "websocket.close":
+            self._ended(event.get("code") or 1000, event.get("reason") or "")
+        elif self._state == "connecting":
+            if kind != "websocket.accept":
+                raise RuntimeError(f"call accept() before sending a {kind}")
+        else:
+            raise RuntimeError(f"{kind} is out of turn: accept() was called before")
+
+    async def accept(
+        self, subprotocol: str | None = None, headers: Headers = ()
+    ) -> None:
+        """Complete the handshake.
+
+        `subprotocol` (str) must be one of `subprotocols`; without one, none is agreed.
+        `headers` (a mapping, or pairs, of str or bytes) go on the answer, after those
+        and the cookies that the middleware put on its response.
+
+        Raises `RuntimeError` when called twice; `ValueError` for a subprotocol that was
+        not offered, for a header with a line break or a malformed name, and for one
+        that the server writes itself (Connection, Upgrade, Sec-WebSocket-…), with
+        nothing sent; `WebSocketDisconnect` when the client has gone. Do not cancel it.
+        Source: RFC 6455, section 4.2.2; ASGI, "Accept - send event".
+        """
+        if subprotocol is not None and subprotocol not in self.subprotocols:
+            raise ValueError(
+                f"the client did not offer the subprotocol {subprotocol!r}, "
+                f"but {self.subprotocols}"
+            )
+        pairs: Iterable[Any] = headers
+        if isinstance(headers, Mapping):
+            pairs = headers.items()
+        added: list[tuple[bytes, bytes]] = []
+        for pair in pairs:
+            # Django's own rules for a header: no line breaks, ASCII, latin-1.
+            for name, value in ResponseHeaders(dict([pair])).items():
+                if not _TOKEN.fullmatch(name) or _SERVERS_OWN.fullmatch(name):
+                    raise ValueError(f"accept() cannot send a header {name!r}")
+                added.append((name.lower().encode("ascii"), value.encode("latin-1")))
+        await self.send(
+            {
+                "type": SendEvent.ACCEPT,
+                "subprotocol": subprotocol,
+                "headers": self._headers + added,
+            }
+        )
+
+    async def close(
+        self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
+    ) -> None:
+        """End the connection.
+
+        Before `accept()` it refuses the handshake, with Django's page for HTTP 403;
+        after it, it sends `code` (int) and `reason` (str, up to 123 bytes of UTF-8).
+        Once the connection has ended, it does nothing. Cancelling it is safe.
+
+        Raises `ValueError` for a code that may not be sent (RFC 6455, section 7.4: it
+        takes 1000 to 1003, 1007 to 1014 and 3000 to 4999) and for a longer reason, with
+        nothing sent.
+        Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close - send event".
+        """
+        if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+            raise ValueError(f"{code!r} is no close code that may be sent")
+        if len(reason.encode()) > 123:
+            raise ValueError("a close reason has at most 123 bytes of UTF-8")
+        if self._state == "connecting" and self._refuse is not None:
+            refuse = self._refuse
+            self._ended(code, reason)
+            await refuse(PermissionDenied("refused by its view"))
+        elif self._state == "open":
+            with suppress(WebSocketDisconnect):
+                await self.send(
+                    {"type": SendEvent.CLOSE, "code": int(code), "reason": reason}
+                )
+
+    def _unexpected(self, expected: str) -> Exception:
+        """Return why the event that `receive` just gave is not the one expected."""
+        if self._state == "closed":
+            return self._disconnect()
+        return InvalidMessage(CloseCode.UNSUPPORTED_DATA, f"{expected} expected")
+
+    async def _receive_message(self) -> str | bytes:
+        if self._state == "connecting":
+            raise RuntimeError("call accept() before receiving messages")
+        event = await self.receive()
+        message: str | bytes | None = event.get("text")
+        if message is None:
+            message = event.get("bytes")
+        if message is None:
+            raise self._unexpected("a message was")
+        return message
+
+    async def receive_text(self) -> str:
+        """Return the client's next message, which must be text (str).
+
+        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost.
+
+        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
+        (1003) when the message is binary; `RuntimeError` before `accept()`.
+        Source: RFC 6455, section 5.6.
+        """
+        if self._state == "connecting":
+            raise RuntimeError("call accept() before receive_text()")
+        text: str | None = (await self.receive()).get("text")
+        if text is None:
+            raise self._unexpected("text was")
+        return text
+
+    async def receive_bytes(self) -> bytes:
+        """Return the client's next message, which must be binary (bytes).
+
+        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost.
+
+        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
+        (1003) when the message is text; `RuntimeError` before `accept()`.
+        Source: RFC 6455, section 5.6.
+        """
+        if self._state == "connecting":
+            raise RuntimeError("call accept() before receive_bytes()")
+        data: bytes | None = (await self.receive()).get("bytes")
+        if data is None:
+            raise self._unexpected("bytes were")
+        return data
+
+    async def receive_json(self) -> Any:
+        """Return the value of the client's next message, JSON in text or in bytes.
+
+        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost.
+
+        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
+        (1007) when the message is no JSON in UTF-8, is nested too deeply for Python or
+        has a number out of Python's range; `RuntimeError` before `accept()`.
+        Source: RFC 8259.
+        """
+        message = await self._receive_message()
+        try:
+            return _decode_json(
+                message if isinstance(message, str) else message.decode()
+            )
+        except (ValueError, RecursionError) as error:
+            raise InvalidMessage(
+                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "JSON was expected"
+            ) from error
+
+    async def iter_text(self) -> AsyncIterator[str]:
+        """Yield the client's messages as `receive_text()` does, until it is gone."""
+        with suppress(WebSocketDisconnect):
+            while True:
+                yield await self.receive_text()
+
+    async def iter_bytes(self) -> AsyncIterator[bytes]:
+        """Yield the client's messages as `receive_bytes()` does, until it is gone."""
+        with suppress(WebSocketDisconnect):
+            while True:
+                yield await self.receive_bytes()
+
+    async def iter_json(self) -> AsyncIterator[Any]:
+        """Yield the client's messages as `receive_json()` does, until it is gone."""
+        with suppress(WebSocketDisconnect):
+            while True:
+                yield await self.receive_json()
+
+    async def __aiter__(self) -> AsyncIterator[str | bytes]:
+        """Yield the client's messages as they were sent, until it is gone."""
+        with suppress(WebSocketDisconnect):
+            while True:
+                yield await self._receive_message()
+
+    async def send_text(self, text: str) -> None:
+        """Send `text` (str) as one text message.
+
+        It waits while the client reads too slowly. Cancelling it is safe: the message
+        was sent, or it was not.
+
+        Raises `TypeError` for anything but str and `RuntimeError` before `accept()`,
+        with nothing sent; `WebSocketDisconnect` when the connection has ended.
+        Source: RFC 6455, section 5.6.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"send_text() takes str, not {type(text).__name__}")
+        await self.send({"type": "websocket.send", "text": text})
+
+    async def send_bytes(self, data: bytes | bytearray | memoryview) -> None:
+        """Send `data` (bytes, bytearray, memoryview or alike) as one binary message.
+
+        It waits while the client reads too slowly. Cancelling it is safe: the message
+        was sent, or it was not.
+
+        Raises `TypeError` for anything that is not bytes-like and `RuntimeError` before
+        `accept()`, with nothing sent; `WebSocketDisconnect` when the connection has
+        ended.
+        Source: RFC 6455, section 5.6.
+        """
+        if not isinstance(data, bytes):
+            data = bytes(memoryview(data))  # bytes(5) would be five zeros
+        await self.send({"type": "websocket.send", "bytes": data})
+
+    async def send_json(self, data: Any, *, binary: bool = False) -> None:
+        """Send `data` as JSON, in one text message or, with `binary`, in a binary one.
+
+        Dates, times, UUIDs, decimals and lazy strings are written as Django's
+        `DjangoJSONEncoder` does, without spaces, non-ASCII characters as themselves.
+        It waits while the client reads too slowly. Cancelling it is safe: the message
+        was sent, or it was not.
+
+        Raises `TypeError` for what JSON cannot carry, `ValueError` for NaN, infinity
+        and circular data, `RuntimeError` before `accept()`, with nothing sent;
+        `WebSocketDisconnect` when the connection has ended.
+        Source: RFC 8259.
+        """
+        text = _encode_json(data)
+        if binary or not text.isascii():
+            # A lone surrogate ("\ud800" in a client's JSON) is no UTF-8. What Python
+            # calls backslashreplace writes it as JSON does.
+            encoded = text.encode("utf-8", "backslashreplace")
+            if binary:
+                return await self.send_bytes(encoded)
+            text = encoded.decode()
+        await self.send_text(text)
+
+
+# URLs
+
+
+class _SwitchingProtocols(HttpResponse):
+    """What the middleware sees of an accepted handshake; it never goes out itself."""
+
+    status_code = 101
+    # What calling the view gave: its coroutine, a response, or None.
+    result: Any = None
+
+    def __init__(self, *call: Any) -> None:
+        super().__init__()
+        self.call = call
+
+
+def _refuse_origin(request: HttpRequest) -> HttpResponse | None:
+    """Apply Django's origin check, which it runs on POST only, to a handshake.
+
+    A browser lets any page open a WebSocket to any site and sends that site's cookies
+    along; only the Origin header tells (RFC 6455, section 10.2). Clients that are no
+    browsers send none, and carry nobody's cookies by themselves.
+    """
+    origin = request.META.get("HTTP_ORIGIN")
+    # The one private corner of Django in this file: nothing public compares an origin
+    # without asking for a CSRF token too.
+    middleware: Any = CsrfViewMiddleware(lambda request: HttpResponse())
+    if origin is None or middleware._origin_verified(request):
+        return None
+    response: HttpResponse = middleware._reject(request, REASON_BAD_ORIGIN % origin)
+    return response
+
+
+def _handshake_view(view: View) -> Callable[..., HttpResponse]:
+    """Make the ordinary, synchronous Django view that stands for a socket view."""
+    target = view
+    while isinstance(target, partial):
+        target = target.func
+    target = inspect.unwrap(target)
+    if not (iscoroutinefunction(target) or iscoroutinefunction(view)):
+        if not iscoroutinefunction(getattr(target, "__call__", None)):
+            name = getattr(target, "__qualname__", repr(target))
+            raise TypeError(
+                f"a WebSocket view is asynchronous: write 'async def' for {name}, "
+                "as in 'async def view(socket)' or, in a View class, "
+                "'async def get(self, socket)', and pass View.as_view()"
+            )
+
+    def handshake(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+        if not _is_handshake(request):
+            return _upgrade_required(request)
+        request.get_host()  # ALLOWED_HOSTS, also where no middleware asks
+        refusal = None
+        if not getattr(handshake, "csrf_exempt", False):
+            refusal = _refuse_origin(request)
+        return refusal or _SwitchingProtocols(view, args, kwargs)
+
+    update_wrapper(handshake, view, updated=())
+    for name, value in vars(view).items() if hasattr(view, "__dict__") else ():
+        # What decorators leave for the middleware (csrf_exempt, login_required), not
+        # the marker of View.as_view(): Django would await a synchronous view for it.
+        setattr(handshake, name, value)
+        if iscoroutinefunction(handshake):
+            delattr(handshake, name)
+    setattr(handshake, "websocket_view", view)
+    return handshake
+
+
+def _is_handshake(request: HttpRequest) -> bool:
+    return isinstance(request, ASGIRequest) and request.scope["type"] == "websocket"
+
+
+def _upgrade_required(request: HttpRequest) -> HttpResponse:
+    """Answer plain HTTP on a WebSocket route (RFC 9110, section 15.5.22)."""
+    response = HttpResponse(
+        "This address speaks WebSocket.", status=426, content_type="text/plain"
+    )
+    # Hop-by-hop headers belong to the server under WSGI (PEP 3333) and do not exist in
+    # HTTP/2 and later (RFC 9113, section 8.2.2).
+    scope = request.scope if isinstance(request, ASGIRequest) else {}
+    if scope.get("http_version", "2").startswith("1"):
+        response["Connection"] = "Upgrade"
+        response["Upgrade"] = "websocket"
+    # A proxy that does not pass the hop-by-hop Upgrade on still passes the key.
+    if "Sec-WebSocket-Key" in request.headers or "Upgrade" in request.headers:
+        log_response(
+            "The WebSocket handshake for %s arrived as plain HTTP: the server, or "
+            "a proxy in front of it, lacks WebSocket support. Install "
+            "uvicorn[standard] or use another ASGI server that speaks WebSocket, wrap "
+            "the ASGI application in websockets(), and let proxies pass the headers "
+            "Upgrade and Connection.",
+            request.path,
+            response=response,
+            request=request,
+        )
+    return response
+
+
+def websocket(
+    route: Any,
+    view: View,
+    kwargs: dict[str, Any] | None = None,
+    name: str | None = None,
+) -> URLPattern:
+    """Route a WebSocket to `view`: `django.urls.path` for sockets.
+
+    It takes what `path()` takes (converters, extra arguments, a name) and works under
+    `include()`, namespaces and `i18n_patterns()`. `view` is called with a `WebSocket`
+    and the route's arguments: an `async def`, decorated or not, a `functools.partial`
+    of one, an object with an async `__call__`, or `View.as_view()` of a class with
+    `async def get(self, socket, …)`.
+
+    Raises `TypeError` for a view that is not asynchronous.
+    """
+    return path(route, _handshake_view(view), kwargs, name)
+
+
+def re_websocket(
+    route: Any,
+    view: View,
+    kwargs: dict[str, Any] | None = None,
+    name: str | None = None,
+) -> URLPattern:
+    """Route a WebSocket to `view` by a regular expression: `django.urls.re_path`.
+
+    As `websocket()` in everything else.
+    """
+    return re_path(route, _handshake_view(view), kwargs, name)
+
+
+# ASGI
+
+
+class _Worker(ThreadPoolExecutor):
+    """One thread of the pool, with the number of sockets that hold it."""
+
+    def __init__(self) -> None:
+        super().__init__(1, "django_ws")
+        self.holders = 0
+
+
+def _reconnect() -> None:
+    """Drop the database connections of this thread that are too old or were cut."""
+    for connection in connections.all(initialized_only=True):
+        # Makes Django ask the server, so that a restart of the database fails no
+        # query: a WebSocket cannot be asked again as a browser asks for a page.
+        connection.errors_occurred = True
+        connection.close_if_unusable_or_obsolete()
+
+
+class _Lease(Executor):
+    """The worker thread of one socket, held only while it runs synchronous code.
+
+    asgiref takes it for the executor of the connection's thread-sensitive context. One
+    thread for all sockets would run one query at a time; one for each would hold
+    a database connection for each. So a socket borrows one of a few.
+    """
+
+    SIZE = min(32, (os.cpu_count() or 1) + 4)
+    IDLE = 5.0  # seconds without synchronous code, after which the thread goes back
+
+    # Of the process: every worker, and those that no socket holds, the last used last,
+    # so that few threads, with warm connections, do all the work of a quiet site.
+    workers: ClassVar[list[_Worker]] = []
+    free: ClassVar[list[_Worker]] = []
+    lock = threading.Lock()
+
+    def __init__(self) -> None:
+        self.worker: _Worker | None = None
+        self.last: Future[Any] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.used = 0.0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `fn` on the thread that this socket holds (concurrent.futures)."""
+        loop = asyncio.get_running_loop()
+        if self.worker is None:
+            with self.lock:
+                if not self.free and len(self.workers) < self.SIZE:
+                    self.free.append(_Worker())
+                    self.workers.extend(self.free)
+                if self.free:
+                    self.worker = self.free.pop()
+                    self.worker.submit(_reconnect)
+                else:  # all are taken: share
+                    self.worker = min(self.workers, key=lambda worker: worker.holders)
+                self.worker.holders += 1
+            self.timer = loop.call_later(self.IDLE, self.check)
+        self.used = loop.time()
+        self.last = self.worker.submit(fn, *args, **kwargs)
+        return self.last
+
+    def check(self) -> None:
+        """Give the thread back when it ran nothing for a while."""
+        loop = asyncio.get_running_loop()
+        idle = loop.time() - self.used
+        if self.last is None or not self.last.done():
+            idle = 0.0
+        if idle < self.IDLE:
+            self.timer = loop.call_later(self.IDLE - idle, self.check)
+        else:
+            self.release()
+
+    def release(self, clean: bool = False) -> None:
+        """Give the thread back, with its old connections closed as after a request."""
+        if self.worker is None or (self.last is not None and not self.last.done()):
+            return
+        assert self.timer is not None
+        self.timer.cancel()
+        with self.lock:
+            self.worker.holders -= 1
+            # What another socket reads from an open cursor is not cut off.
+            if not self.worker.holders:
+                self.free.append(self.worker)
+                if not clean:
+                    self.worker.submit(close_old_connections)
+        self.worker = self.last = self.timer = None
+
+
+def _without_disconnect(error: Exception) -> Exception | None:
+    """Return what is left of a view's exception besides that its client has gone.
+
+    A TaskGroup in a view wraps what its tasks raise into a group.
+    """
+    rest: Exception | None = error
+    if isinstance(error, ExceptionGroup):
+        rest = error.split(WebSocketDisconnect)[1]
+        while isinstance(rest, ExceptionGroup) and len(rest.exceptions) == 1:
+            rest = rest.exceptions[0]
+    return None if isinstance(rest, WebSocketDisconnect) else rest
+
+
+class WebSocketHandler(ASGIHandler):
+    """Django's request handler, for handshakes, and what comes after them."""
+
+    def __init__(self) -> None:
+        # Synchronous, unlike ASGIHandler: each of Django's middlewares in async mode
+        # hops to a thread and back, the whole chain in sync mode hops once.
+        self.load_middleware()
+
+    def resolve_request(self, request: HttpRequest) -> ResolverMatch:
+        """Resolve as Django does, but to no view that is none for WebSockets."""
+        match = super().resolve_request(request)
+        if not hasattr(match.func, "websocket_view"):
+            raise Http404(f"{request.path} is no WebSocket route")
+        return match
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one WebSocket connection (ASGI, "WebSocket")."""
+        connect = await receive()
+        if connect["type"] != ReceiveEvent.CONNECT:
+            return
+        lease = _Lease()
+        context = ThreadSensitiveContext()
+        # The mapping that `ThreadSensitiveContext(executor=…)` of asgiref 3.12 fills,
+        # for Django 5.2 is content with an older one.
+        SyncToAsync.context_to_thread_executor[context] = lease
+        token = SyncToAsync.thread_sensitive_context.set(context)
+        try:
+            await self.serve(scope, receive, send, connect, lease)
+        finally:
+            SyncToAsync.thread_sensitive_context.reset(token)
+            lease.release()
+
+    async def serve(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        connect: Event,
+        lease: _Lease,
+    ) -> None:
+        """Run the handshake and the view of one connection."""
+        # What a handshake is to Django: a GET, over http or https.
+        scheme = "https" if scope.get("scheme") == "wss" else "http"
+        request, malformed = self.create_request(
+            {**scope, "method": "GET", "scheme": scheme}, io.BytesIO()
+        )
+        if request is None:  # no UTF-8 in the query string
+            return await self.refuse(malformed, scope, send)
+        socket = WebSocket(scope, request, receive, send, lease)
+        response = await sync_to_async(self.start)(socket)
+        if not isinstance(response, _SwitchingProtocols):
+            return await self.refuse(response, scope, send)
+        lease.release(clean=True)
+
+        async def refuse(result: Any) -> None:
+            socket._answered("closed")
+            refusal = await sync_to_async(self.get_refusal)(request, result, response)
+            await self.refuse(refusal, scope, send)
+
+        headers = [
+            (name.lower(), value)
+            for name, value in (await self.encode(response))[0]["headers"]
+            if name.lower() != b"content-type"
+            and not _SERVERS_OWN.fullmatch(name.decode("latin-1"))
+        ]
+        socket._handshake(connect, refuse, headers)
+        result = await self.run_view(socket, response.result)
+        if socket._refuse is None:
+            await socket.close()
+        elif socket._state == "closed":
+            # The client left during the handshake; uvicorn logs an error where it gets
+            # no answer even so.
+            with suppress(OSError, RuntimeError):
+                await send({"type": SendEvent.CLOSE})
+        else:
+            await refuse(result or PermissionDenied("its view did not accept"))
+
+    async def run_view(self, socket: WebSocket, result: Any) -> Any:
+        """Await a view; return what refuses the handshake where it did not accept."""
+        socket._task = task = asyncio.current_task()
+        assert task is not None
+        socket._watch()
+        try:
+            if inspect.isawaitable(result):
+                result = await result
+            return result
+        except asyncio.CancelledError:
+            # Somebody else's cancellation goes on its way.
+            if socket._told != "cancelled" or task.cancelling() > 1:
+                raise
+        except Exception as error:
+            return await self.handle_exception(socket, error)
+        finally:
+            socket._stop()
+            if socket._told == "cancelled":
+                task.uncancel()
+
+    def start(self, socket: WebSocket) -> Any:
+        """Do all of a handshake that is synchronous; it runs in a worker thread."""
+        request = socket.request
+        set_script_prefix(get_script_prefix(request.scope))
+        signals.request_started.send(sender=self.__class__, scope=request.scope)
+        response: Any = self.get_response(request)
+        response._handler_class = self.__class__
+        if isinstance(response, _SwitchingProtocols):
+            view, args, kwargs = response.call
+            try:
+                # For an `async def` this only makes the coroutine. The synchronous
+                # part of others (dispatch() of a class-based view with
+                # LoginRequiredMixin, say) may query the database, since it runs here.
+                response.result = view(socket, *args, **kwargs)
+            except Exception as error:
+                response.result = error
+            # The request is finished where the socket begins (signal request_finished).
+            response.close()
+            set_urlconf(getattr(request, "urlconf", None))
+        return response
+
+    def get_refusal(
+        self, request: ASGIRequest, result: Any, handshake: HttpResponse
+    ) -> Any:
+        """Return the response to what a view returned or raised before accept()."""
+
+        def get_response(request: HttpRequest) -> Any:
+            if isinstance(result, Exception):
+                response = self.process_exception_by_middleware(result, request)
+                if response is None:
+                    raise result
+                return response
+            if not isinstance(result, HttpResponseBase):
+                raise TypeError(
+                    f"the view of {request.path} returned {result!r} before accept(): "
+                    "return an HttpResponse to refuse, or None"
+                )
+            render = getattr(result, "render", None)
+            return render() if callable(render) else result
+
+        response: Any = convert_exception_to_response(get_response)(request)
+        response._handler_class = self.__class__
+        response._resource_closers.append(request.close)
+        for name, value in handshake.items():
+            response.headers.setdefault(name, value)
+        for name, cookie in handshake.cookies.items():
+            response.cookies.setdefault(name, cookie)
+        if response.status_code >= 400:
+            log_response(
+                "%s: %s",
+                response.reason_phrase,
+                request.path,
+                response=response,
+                request=request,
+            )
+        return response
+
+    async def handle_exception(
+        self, socket: WebSocket, error: Exception
+    ) -> Exception | None:
+        """Close an accepted socket for its view's exception; return one from before."""
+        rest = _without_disconnect(error)
+        if rest is None or socket._state == "connecting":
+            return rest
+        if isinstance(rest, InvalidMessage):  # the client's fault: nothing to log
+            await socket.close(rest.code, str(rest))
+            return None
+        if settings.DEBUG_PROPAGATE_EXCEPTIONS:
+            raise rest
+        await sync_to_async(self.report)(socket.request, rest)
+        reason = f"{type(rest).__name__}: {rest}" if settings.DEBUG else ""
+        denied = isinstance(rest, PermissionDenied)
+        await socket.close(
+            CloseCode.POLICY_VIOLATION if denied else CloseCode.INTERNAL_ERROR,
+            reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore"),
+        )
+        return None
+
+    def report(self, request: ASGIRequest, error: Exception) -> None:
+        """Log and signal an exception after accept() as Django does those of views."""
+        response: HttpResponse = HttpResponseForbidden()
+        message = "Forbidden (Permission denied): %s"
+        if not isinstance(error, PermissionDenied):
+            response = HttpResponseServerError()
+            message = "Internal Server Error: %s"
+            signals.got_request_exception.send(sender=None, request=request)
+        log_response(
+            message, request.path, response=response, request=request, exception=error
+        )
+
+    async def encode(self, response: HttpResponse) -> list[dict[str, Any]]:
+        """Return the ASGI events that Django sends for a response, the start first."""
+        events: list[dict[str, Any]] = []
+
+        async def send(event: Event) -> None:
+            events.append(dict(event))
+
+        await self.send_response(response, send)
+        return events
+
+    async def refuse(self, response: Any, scope: Scope, send: Send) -> None:
+        """Answer a handshake by an HTTP response that is not 101.
+
+        By ASGI's extension "WebSocket Denial Response"; a server without it makes
+        a 403 of `websocket.close`.
+        """
+        try:
+            events: list[Event] = [{"type": SendEvent.CLOSE}]
+            if "websocket.http.response" in (scope.get("extensions") or ()):
+                # Complete before it starts, and in one piece: uvicorn's older
+                # implementation sends what it has when the event loop turns.
+                start, *parts = await self.encode(response)
+                body = b"".join(part.get("body", b"") for part in parts)
+                events = [
+                    {**start, "type": "websocket.http.response.start"},
+                    {"type": "websocket.http.response.body", "body": body},
+                ]
+            with suppress(OSError):  # the client has gone
+                for event in events:
+                    await send(event)
+        finally:
+            await sync_to_async(response.close)()
+
+
+def websockets(app: Application) -> Application:
+    """Serve WebSockets by Django, and everything else by `app` (ASGI applications).
+
+    Wrap what `get_asgi_application()` returned. Each handshake passes
+    `settings.MIDDLEWARE`, of which this makes instances of its own.
+    """
+    handler = WebSocketHandler()
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await handler(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return application

@@ -1,0 +1,2090 @@
+"""What django_ws promises, section by section, in the order of the module.
+
+    python -m pytest
+
+Needs pytest and uvicorn[standard]. Tests that need more (wsproto, hypothesis, selenium
+with Chromium) skip and say why; with CI=true in the environment they fail instead.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import decimal
+import enum
+import functools
+import http.client
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+import re
+import socket as sockets
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import django
+import pytest
+import uvicorn
+from django.conf import settings
+from django.core import signals
+from django.core.asgi import get_asgi_application
+from django.core.exceptions import (
+    BadRequest,
+    PermissionDenied,
+    SuspiciousOperation,
+)
+from django.http import (
+    Http404,
+    HttpRequest,
+    HttpResponse,
+    JsonResponse,
+    StreamingHttpResponse,
+)
+from django.test import Client, override_settings
+from django.urls import include, path, reverse
+from django.utils.decorators import (
+    async_only_middleware,
+    method_decorator,
+    sync_and_async_middleware,
+)
+from django.utils.translation import get_language, gettext_lazy
+from django.views import View
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
+from websockets.sync.client import connect as dial
+
+HERE = pathlib.Path(__file__).resolve().parent
+TEMPORARY = tempfile.TemporaryDirectory()
+CI = bool(os.environ.get("CI"))
+
+settings.configure(
+    SECRET_KEY="test",
+    ALLOWED_HOSTS=["127.0.0.1", "localhost", "testserver", ".example.com", "[::1]"],
+    INSTALLED_APPS=[
+        "django.contrib.auth",
+        "django.contrib.contenttypes",
+        "django.contrib.sessions",
+    ],
+    DATABASES={
+        "default": {
+            "ENGINE": "django.db.backends.sqlite3",
+            "NAME": f"{TEMPORARY.name}/test.sqlite3",
+            "OPTIONS": {"timeout": 30},
+        }
+    },
+    PASSWORD_HASHERS=["django.contrib.auth.hashers.MD5PasswordHasher"],
+    LOGGING_CONFIG=None,
+    USE_TZ=True,
+)
+django.setup()
+
+import django_ws  # noqa: E402
+from django_ws import (  # noqa: E402
+    CloseCode,
+    InvalidMessage,
+    ReceiveEvent,
+    SendEvent,
+    WebSocket,
+    WebSocketDisconnect,
+    re_websocket,
+    websocket,
+    websockets,
+)
+
+SESSIONS = [
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+]
+COMMON = "django.middleware.common.CommonMiddleware"
+
+
+# The tools
+
+
+def missing(what: str) -> None:
+    """Skip a test that needs what is not installed; in CI everything is."""
+    (pytest.fail if CI else pytest.skip)(f"{what} is not installed")
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 10) -> Any:
+    """Wait until the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{condition} did not come true"
+        time.sleep(0.01)
+    return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def database() -> None:
+    from django.core.management import call_command
+
+    call_command("migrate", verbosity=0)
+
+
+@pytest.fixture(params=["websockets-sansio", "websockets", "wsproto"])
+def ws(request: pytest.FixtureRequest) -> str:
+    """Each of uvicorn's WebSocket implementations."""
+    name: str = request.param
+    if name == "wsproto" and not importlib.util.find_spec("wsproto"):
+        missing("wsproto")
+    return name
+
+
+def urlconf(*urlpatterns: Any, **names: Any) -> types.ModuleType:
+    module = types.ModuleType("urlconf")
+    vars(module).update(names, urlpatterns=list(urlpatterns))
+    return module
+
+
+class Server:
+    """A real uvicorn on a thread, serving `application` on 127.0.0.1."""
+
+    def __init__(self, application: Any, **options: Any) -> None:
+        options = {"log_config": None, "lifespan": "off", **options}
+        self.uvicorn = uvicorn.Server(uvicorn.Config(application, **options))
+        self.socket = sockets.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.thread = threading.Thread(
+            target=self.uvicorn.run, kwargs={"sockets": [self.socket]}
+        )
+
+    def __enter__(self) -> "Server":
+        self.thread.start()
+        wait_for(lambda: self.uvicorn.started)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive(), "the server did not stop"
+
+    def dial(self, path: str = "/ws/", **options: Any) -> ClientConnection:
+        """Open a WebSocket as a browser on this site does."""
+        options = {"origin": f"http://127.0.0.1:{self.port}", "proxy": None, **options}
+        client: ClientConnection = dial(f"ws://127.0.0.1:{self.port}{path}", **options)
+        return client
+
+    def handshake(self, path: str = "/ws/", **headers: str) -> Any:
+        """Return the HTTP response to a handshake, with a browser's headers.
+
+        By hand, since the client library follows redirects.
+        """
+        return self.get(
+            path,
+            **{
+                "Connection": "Upgrade",
+                "Upgrade": "websocket",
+                "Sec-WebSocket-Version": "13",
+                "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+                "Origin": f"http://127.0.0.1:{self.port}",
+                **headers,
+            },
+        )
+
+    def get(self, path: str, **headers: str) -> Any:
+        """Return the HTTP response to a GET request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        setattr(response, "body", response.read())
+        response.close()
+        connection.close()
+        return response
+
+
+@contextlib.contextmanager
+def serve(*patterns: Any, ws: str = "auto", **options: Any) -> Iterator[Server]:
+    """Serve URL patterns, or one view at /ws/; upper-case options are settings."""
+    patterns = tuple(
+        pattern if hasattr(pattern, "pattern") else websocket("ws/", pattern)
+        for pattern in patterns
+    )
+    names = {name: options.pop(name) for name in list(options) if "handler" in name}
+    overrides = {name: options.pop(name) for name in list(options) if name.isupper()}
+    overrides.setdefault("ROOT_URLCONF", urlconf(*patterns, **names))
+    with override_settings(**overrides):
+        application = websockets(get_asgi_application())
+        with Server(application, ws=ws, **options) as server:
+            yield server
+
+
+def quiet(caplog: pytest.LogCaptureFixture) -> bool:
+    """Whether nothing above INFO was logged; prints what was."""
+    loud = [record for record in caplog.records if record.levelno > logging.INFO]
+    for record in loud:
+        print(record.name, record.levelname, record.getMessage(), record.exc_info)
+    return not loud
+
+
+async def echo(socket: WebSocket) -> None:
+    await socket.accept()
+    async for message in socket:
+        if isinstance(message, str):
+            await socket.send_text(message)
+        else:
+            await socket.send_bytes(message)
+
+
+def text(data: str) -> dict[str, Any]:
+    return {"type": "websocket.receive", "text": data}
+
+
+def binary(data: bytes) -> dict[str, Any]:
+    return {"type": "websocket.receive", "bytes": data}
+
+
+CONNECT = {"type": "websocket.connect"}
+GONE = {"type": "websocket.disconnect", "code": 4001, "reason": "bye"}
+
+
+class Drive:
+    """A connection whose ASGI events are given by hand, and what the view sent."""
+
+    def __init__(self, *events: dict[str, Any], **scope: Any) -> None:
+        self.events = [CONNECT, *events]
+        self.sent: list[dict[str, Any]] = []
+        self.error: BaseException | None = None
+        self.scope = {
+            "type": "websocket",
+            "scheme": "ws",
+            "path": "/ws/",
+            "query_string": b"",
+            "headers": [(b"host", b"testserver")],
+            "extensions": {"websocket.http.response": {}},
+            **scope,
+        }
+
+    async def receive(self) -> dict[str, Any]:
+        if self.events:
+            return self.events.pop(0)
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError
+
+    async def send(self, event: dict[str, Any]) -> None:
+        if self.error:
+            raise self.error
+        self.sent.append(event)
+
+    def run(self, view: Any, **overrides: Any) -> list[dict[str, Any]]:
+        """Serve the connection by `view` to its end and return what was sent."""
+
+        async def main() -> None:
+            application: Any = websockets(no_http)
+            async with asyncio.timeout(10):
+                await application(self.scope, self.receive, self.send)
+
+        if "ROOT_URLCONF" not in overrides:
+            overrides["ROOT_URLCONF"] = urlconf(websocket("ws/", view))
+        with override_settings(**overrides):
+            asyncio.run(main())
+        return self.sent
+
+    @property
+    def types(self) -> list[str]:
+        return [event["type"] for event in self.sent]
+
+    @property
+    def status(self) -> int:
+        return int(self.sent[0]["status"])
+
+
+async def no_http(scope: Any, receive: Any, send: Any) -> None:
+    raise AssertionError("not a WebSocket")
+
+
+# The words of the wire
+
+
+class TestWords:
+    def test_events_are_the_strings_of_asgi(self) -> None:
+        assert [str(event) for event in SendEvent] == [
+            "websocket.accept",
+            "websocket.send",
+            "websocket.close",
+        ]
+        assert [str(event) for event in ReceiveEvent] == [
+            "websocket.connect",
+            "websocket.receive",
+            "websocket.disconnect",
+        ]
+        assert issubclass(SendEvent, enum.StrEnum)
+        assert issubclass(ReceiveEvent, enum.StrEnum)
+
+    def test_close_codes_are_the_registered_ones(self) -> None:
+        assert issubclass(CloseCode, enum.IntEnum)
+        registered = {*range(1000, 1004), *range(1005, 1016), 3000, 3003, 3008}
+        assert {int(code) for code in CloseCode} == registered
+
+    @pytest.mark.parametrize("words", [SendEvent, ReceiveEvent, CloseCode])
+    def test_each_word_says_when_it_occurs(self, words: Any) -> None:
+        source = (HERE / "django_ws.py").read_text()
+        for word in words:
+            assert re.search(rf"\n    {word.name} = \S+  # \w+", source), word
+
+
+class TestErrors:
+    def test_disconnect_carries_code_and_reason(self) -> None:
+        error = WebSocketDisconnect(4001, "bye")
+        assert (error.code, error.reason) == (4001, "bye")
+        assert str(error) == "the WebSocket has ended: 4001 bye"
+
+    def test_invalid_message_carries_its_close_code(self) -> None:
+        error = InvalidMessage(1007, "JSON was expected")
+        assert (error.code, str(error)) == (1007, "JSON was expected")
+
+
+# The socket
+
+
+class TestAccept:
+    def test_it_completes_the_handshake(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            assert not socket.connected
+            await socket.accept()
+            assert socket.connected
+
+        drive = Drive()
+        drive.run(view)
+        assert drive.sent == [
+            {"type": "websocket.accept", "subprotocol": None, "headers": []},
+            {"type": "websocket.close", "code": 1000, "reason": ""},
+        ]
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"X-One": "1", "X-Two": "é"},
+            [("X-One", "1"), ("X-Two", "é")],
+            [(b"X-One", b"1"), (b"X-Two", "é".encode("latin-1"))],
+            (pair for pair in [("X-One", b"1"), (b"X-Two", "é")]),
+        ],
+    )
+    def test_headers_may_be_a_mapping_or_pairs_of_str_or_bytes(
+        self, headers: Any
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept(headers=headers)
+
+        sent = Drive().run(view)
+        assert sent[0]["headers"] == [(b"x-one", b"1"), (b"x-two", b"\xe9")]
+
+    def test_a_header_may_come_twice(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept(headers=[("X-One", "1"), ("X-One", "2")])
+
+        assert len(Drive().run(view)[0]["headers"]) == 2
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"subprotocol": "graphql"}, "did not offer the subprotocol 'graphql'"),
+            ({"headers": {"X-One": "a\r\nX-Two: b"}}, "newlines"),
+            ({"headers": {"X-One": "a\nb"}}, "newlines"),
+            ({"headers": {"X-One\r\nX-Two": "b"}}, "newlines"),
+            ({"headers": [(b"X-One", b"a\rb")]}, "newlines"),
+            ({"headers": {"": "a"}}, "cannot send a header ''"),
+            ({"headers": {"X One": "a"}}, "cannot send a header 'X One'"),
+            ({"headers": {":status": "a"}}, "cannot send a header ':status'"),
+            ({"headers": {"Sec-WebSocket-Protocol": "chat"}}, "cannot send a header"),
+            ({"headers": {"sec-websocket-accept": "x"}}, "cannot send a header"),
+            ({"headers": {"Connection": "close"}}, "cannot send a header"),
+            ({"headers": {"UPGRADE": "h2c"}}, "cannot send a header"),
+            ({"headers": {"Content-Length": "5"}}, "cannot send a header"),
+            ({"headers": {"Transfer-Encoding": "chunked"}}, "cannot send a header"),
+        ],
+    )
+    def test_misuse_is_a_value_error_and_the_socket_stays_usable(
+        self, arguments: Any, message: str
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            with pytest.raises(ValueError, match=message):
+                await socket.accept(**arguments)
+            assert not drive.sent
+            await socket.accept("chat")
+
+        drive = Drive(subprotocols=["chat"])
+        drive.run(view)
+        assert drive.types == ["websocket.accept", "websocket.close"]
+        assert drive.sent[0]["subprotocol"] == "chat"
+
+    def test_a_second_accept_is_a_runtime_error(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(RuntimeError, match="accept.. was called before"):
+                await socket.accept()
+            await socket.send_text("still here")
+
+        drive = Drive()
+        drive.run(view)
+        assert drive.types[1:] == ["websocket.send", "websocket.close"]
+
+    def test_a_server_that_refuses_the_event_leaves_the_socket_as_it_was(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            drive.error = RuntimeError("no")
+            with pytest.raises(RuntimeError, match="no"):
+                await socket.accept()
+            drive.error = None
+            await socket.accept()
+
+        drive = Drive()
+        drive.run(view)
+        assert drive.types == ["websocket.accept", "websocket.close"]
+
+    def test_subprotocol_and_headers_reach_the_client(self, ws: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            assert socket.subprotocols == ["soap", "chat"]
+            await socket.accept("chat", {"X-Room": "lobby"})
+
+        with serve(view, ws=ws) as server:
+            with server.dial(subprotocols=["soap", "chat"]) as client:
+                assert client.subprotocol == "chat"
+                assert client.response is not None
+                assert client.response.headers["X-Room"] == "lobby"
+
+
+class TestClose:
+    @pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1014, 3000, 4000, 4999])
+    def test_it_sends_code_and_reason(self, code: int) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.close(code, "because")
+            assert not socket.connected
+
+        close = {"type": "websocket.close", "code": code, "reason": "because"}
+        assert Drive().run(view)[1:] == [close]
+
+    @pytest.mark.parametrize(
+        "code", [0, -1, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000]
+    )
+    def test_a_forbidden_code_is_a_value_error(self, code: int) -> None:
+        async def view(socket: WebSocket) -> None:
+            with pytest.raises(ValueError, match=f"{code} is no close code"):
+                await socket.close(code)
+            await socket.accept()
+            with pytest.raises(ValueError, match=f"{code} is no close code"):
+                await socket.close(code)
+            await socket.send_text("still here")
+
+        drive = Drive()
+        drive.run(view)
+        assert drive.types[1:] == ["websocket.send", "websocket.close"]
+
+    def test_an_overlong_reason_is_a_value_error(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(ValueError, match="123 bytes"):
+                await socket.close(1000, "é" * 62)
+            await socket.close(1000, "é" * 61 + "x")
+
+        assert len(Drive().run(view)) == 2
+
+    @pytest.mark.parametrize("arguments", [("1000",), (1000, None), (1000, b"bye")])
+    def test_a_wrong_type_is_a_type_error(self, arguments: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(TypeError):
+                await socket.close(*arguments)
+            assert socket.connected
+
+        assert len(Drive().run(view)) == 2
+
+    def test_closing_again_does_nothing(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.close(4000)
+            await socket.close(4001)
+
+        assert len(Drive().run(view)) == 2
+
+    def test_closing_after_the_client_does_nothing(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(WebSocketDisconnect):
+                await socket.receive_text()
+            await socket.close()
+
+        assert len(Drive(GONE).run(view)) == 1
+
+    @pytest.mark.parametrize("error", [OSError(), RuntimeError("closed")])
+    def test_a_client_that_has_just_gone_is_no_error(self, error: Exception) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            drive.error = error
+            await socket.close()
+
+        drive = Drive()
+        assert len(drive.run(view)) == 1
+
+    def test_both_sides_see_code_and_reason(self, ws: str) -> None:
+        ends: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                message = await socket.receive_text()
+                await socket.close(4002, message)
+            except WebSocketDisconnect as error:
+                ends.append((error.code, error.reason))
+
+        with serve(view, ws=ws) as server:
+            with server.dial() as client:
+                client.send("théâtre")
+                with pytest.raises(ConnectionClosed) as caught:
+                    client.recv(10)
+                assert caught.value.rcvd is not None
+                assert caught.value.rcvd.code == 4002
+                assert caught.value.rcvd.reason == "théâtre"
+            with server.dial() as client:
+                client.close(4001, "bye")
+            wait_for(lambda: ends == [(4001, "bye")])
+
+
+class TestAttributes:
+    def test_a_socket_answers_for_its_request(self) -> None:
+        async def view(socket: WebSocket, room: str) -> None:
+            assert socket.scope["type"] == "websocket"
+            assert socket.scope["scheme"] == "ws"
+            assert socket.scheme == "ws"
+            assert socket.path == "/ws/lobby/"
+            assert socket.query_string == "a=1&a=2&b=%C3%A9"
+            assert socket.query_params.getlist("a") == ["1", "2"]
+            assert socket.query_params is socket.GET
+            assert socket.headers["X-Custom"] == "yes"
+            assert socket.COOKIES == {"flavour": "oat"}
+            assert socket.subprotocols == []
+            assert isinstance(socket.request, HttpRequest)
+            assert socket.method == "GET"
+            assert socket.resolver_match.kwargs == {"room": "lobby"}
+            assert socket.build_absolute_uri() == (
+                "http://testserver/ws/lobby/?a=1&a=2&b=%C3%A9"
+            )
+            assert repr(socket) == "<WebSocket connecting '/ws/lobby/'>"
+            with pytest.raises(AttributeError, match="nonsense"):
+                socket.nonsense
+            setattr(socket, "tenant", "blue")  # as decorators do on requests
+            assert socket.tenant == "blue"
+            await socket.accept()
+
+        drive = Drive(
+            path="/ws/lobby/",
+            query_string=b"a=1&a=2&b=%C3%A9",
+            headers=[
+                (b"host", b"testserver"),
+                (b"x-custom", b"yes"),
+                (b"cookie", b"flavour=oat"),
+            ],
+        )
+        drive.run(
+            view, ROOT_URLCONF=urlconf(websocket("ws/<room>/", view, name="room"))
+        )
+        assert drive.types == ["websocket.accept", "websocket.close"]
+
+    def test_an_unfinished_copy_has_no_endless_recursion(self) -> None:
+        with pytest.raises(AttributeError):
+            WebSocket.__new__(WebSocket).anything
+
+    @pytest.mark.parametrize(
+        "scheme, headers, expected",
+        [
+            ("ws", [], "ws"),
+            ("wss", [], "wss"),
+            ("ws", [(b"x-forwarded-proto", b"https")], "wss"),
+            ("wss", [(b"x-forwarded-proto", b"http")], "ws"),
+        ],
+    )
+    def test_scheme_tells_what_the_client_uses(
+        self, scheme: str, headers: Any, expected: str
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            assert socket.scheme == expected
+            assert socket.is_secure() == (expected == "wss")
+            await socket.accept()
+
+        drive = Drive(scheme=scheme, headers=[(b"host", b"testserver"), *headers])
+        proxied = ("HTTP_X_FORWARDED_PROTO", "https")
+        drive.run(view, SECURE_PROXY_SSL_HEADER=proxied if headers else None)
+        assert drive.types == ["websocket.accept", "websocket.close"]
+
+
+class TestEvents:
+    def test_receive_gives_every_event_once(self) -> None:
+        events = []
+        connected = []
+
+        async def view(socket: WebSocket) -> None:
+            events.append(await socket.receive())
+            connected.append(socket.connected)
+            await socket.send({"type": SendEvent.ACCEPT})
+            connected.append(socket.connected)
+            events.append(await socket.receive())
+            await socket.send({"type": SendEvent.SEND, "text": "hi"})
+            events.append(await socket.receive())
+            connected.append(socket.connected)
+            with pytest.raises(WebSocketDisconnect) as caught:
+                await socket.receive()
+            assert (caught.value.code, caught.value.reason) == (4001, "bye")
+
+        drive = Drive(text("a"), GONE)
+        drive.run(view)
+        assert events == [CONNECT, text("a"), GONE]
+        assert connected == [False, True, False]
+        assert drive.types == ["websocket.accept", "websocket.send"]
+
+    def test_accept_takes_the_connect_event(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            assert await socket.receive() == text("a")
+
+        Drive(text("a")).run(view)
+
+    def test_a_bare_close_ends_the_socket(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send({"type": "websocket.close", "code": 4005})
+            with pytest.raises(WebSocketDisconnect) as caught:
+                await socket.receive()
+            assert caught.value.code == 4005
+
+        assert len(Drive().run(view)) == 2
+
+    def test_a_bare_close_before_accept_is_the_servers_403(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.send({"type": "websocket.close"})
+
+        assert Drive().run(view) == [{"type": "websocket.close"}]
+
+    @pytest.mark.parametrize(
+        "event", ["websocket.send", "websocket.connect", "http.response.start"]
+    )
+    def test_an_event_out_of_turn_is_a_runtime_error(self, event: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            with pytest.raises(RuntimeError, match="call accept.. before"):
+                await socket.send({"type": event})
+            await socket.accept()
+            if event != "websocket.send":
+                with pytest.raises(RuntimeError, match="out of turn"):
+                    await socket.send({"type": event})
+
+        drive = Drive()
+        drive.run(view)
+        assert drive.types == ["websocket.accept", "websocket.close"]
+
+    def test_a_client_that_leaves_before_accept(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            assert await socket.receive() == CONNECT
+            assert await socket.receive() == GONE
+            with pytest.raises(WebSocketDisconnect) as caught:
+                await socket.accept()
+            assert caught.value.code == 4001
+
+        # The event that keeps uvicorn from logging "returned without handshake".
+        assert Drive(GONE).run(view) == [{"type": "websocket.close"}]
+
+
+RECEIVERS = ["receive_text", "receive_bytes", "receive_json"]
+SENDERS = [("send_text", "x"), ("send_bytes", b"x"), ("send_json", 1)]
+
+
+class TestMessages:
+    @pytest.mark.parametrize("method", RECEIVERS)
+    def test_receiving_before_accept_is_a_runtime_error(self, method: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            with pytest.raises(RuntimeError, match="call accept.. before"):
+                await getattr(socket, method)()
+            with pytest.raises(RuntimeError, match="call accept.. before"):
+                async for _ in socket:
+                    raise AssertionError
+            await socket.accept()
+            assert await socket.receive_json() == 1
+
+        assert len(Drive(text("1")).run(view)) == 2
+
+    @pytest.mark.parametrize("method, data", SENDERS)
+    def test_sending_before_accept_is_a_runtime_error(
+        self, method: str, data: Any
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            with pytest.raises(RuntimeError, match="call accept.. before"):
+                await getattr(socket, method)(data)
+            assert not drive.sent
+            await socket.accept()
+
+        drive = Drive()
+        assert len(drive.run(view)) == 2
+
+    @pytest.mark.parametrize(
+        "end, code, reason",
+        [
+            ("client", 4001, "bye"),
+            ("server", 4002, "so long"),
+            ("OSError", 1006, ""),
+            ("RuntimeError", 1006, ""),
+        ],
+    )
+    def test_after_the_end_everything_raises_disconnect_with_the_code(
+        self, end: str, code: int, reason: str
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            if end == "client":
+                with pytest.raises(WebSocketDisconnect):
+                    await socket.receive_text()
+            elif end == "server":
+                await socket.close(4002, "so long")
+            else:
+                drive.error = OSError() if end == "OSError" else RuntimeError()
+                with pytest.raises(WebSocketDisconnect):
+                    await socket.send_text("late")
+            drive.error = AssertionError("the server was asked")
+            calls = [getattr(socket, name)() for name in [*RECEIVERS, "receive"]]
+            calls += [getattr(socket, name)(data) for name, data in SENDERS]
+            calls.append(socket.send({"type": "websocket.send", "text": "x"}))
+            for call in calls:
+                with pytest.raises(WebSocketDisconnect) as caught:
+                    await call
+                assert (caught.value.code, caught.value.reason) == (code, reason)
+            checked.append(end)
+
+        checked: list[str] = []
+        drive = Drive(GONE)
+        drive.run(view)
+        assert checked == [end]
+
+    @pytest.mark.parametrize(
+        "method, data",
+        [
+            ("send_text", b"bytes"),
+            ("send_text", 5),
+            ("send_text", None),
+            ("send_bytes", "text"),
+            ("send_bytes", 5),
+            ("send_bytes", [1, 2]),
+            ("send_json", {1, 2}),
+            ("send_json", object()),
+        ],
+    )
+    def test_a_wrong_type_is_a_type_error(self, method: str, data: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(TypeError):
+                await getattr(socket, method)(data)
+            await socket.send_text("still here")
+
+        assert [event.get("text") for event in Drive().run(view)[1:2]] == ["still here"]
+
+    @pytest.mark.parametrize("data", [b"ab", bytearray(b"ab"), memoryview(b"ab")])
+    def test_send_bytes_takes_what_is_bytes_like(self, data: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_bytes(data)
+
+        sent = Drive().run(view)[1]
+        assert sent == {"type": "websocket.send", "bytes": b"ab"}
+        assert type(sent["bytes"]) is bytes
+
+    @pytest.mark.parametrize("none", [{}, {"bytes": None}])
+    def test_a_server_may_leave_out_the_other_key_or_send_none(self, none: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            assert await socket.receive_text() == ""
+            assert await socket.receive_json() == 0
+            assert await anext(socket.__aiter__()) == ""
+
+        zero, empty = {**text("0"), **none}, {**text(""), **none}
+        assert len(Drive(empty, zero, empty).run(view)) == 2
+
+    def test_empty_messages_are_messages(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            assert await socket.receive_bytes() == b""
+            assert [message async for message in socket] == ["", b""]
+
+        assert len(Drive(binary(b""), text(""), binary(b""), GONE).run(view)) == 1
+
+    def test_iterating_goes_on_until_the_client_is_gone(self) -> None:
+        got: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            async for message in socket.iter_text():
+                got.append(message)
+                if len(got) == 2:
+                    break
+            async for data in socket.iter_bytes():
+                got.append(data)
+                if len(got) == 4:
+                    break
+            async for value in socket.iter_json():
+                got.append(value)
+                if len(got) == 6:
+                    break
+            async for either in socket:
+                got.append(either)
+            for leftover in (socket.iter_text, socket.iter_bytes, socket.iter_json):
+                assert [message async for message in leftover()] == []
+
+        drive = Drive(
+            *(text("a"), text("b"), binary(b"c"), binary(b"d")),
+            *(text("[1]"), binary(b"2"), text("e"), binary(b"f"), GONE),
+        )
+        drive.run(view)
+        assert got == ["a", "b", b"c", b"d", [1], 2, "e", b"f"]
+
+    @pytest.mark.parametrize(
+        "method, event, code",
+        [
+            ("receive_text", binary(b"x"), 1003),
+            ("receive_bytes", text("x"), 1003),
+            ("receive_json", text("{"), 1007),
+            ("receive_json", text(""), 1007),
+            ("receive_json", text("NaN"), 1007),
+            ("receive_json", text("[-Infinity]"), 1007),
+            ("receive_json", text("1e999"), 1007),
+            ("receive_json", binary(b'"\xff"'), 1007),
+            ("receive_json", binary('"a"'.encode("utf-16")), 1007),
+            ("receive_json", text("[" * 200_000), 1007),
+            ("receive_json", binary(b'{"a":' * 200_000), 1007),
+            ("receive_json", text("9" * 10_000), 1007),
+        ],
+    )
+    def test_a_bad_message_is_named_and_the_socket_stays_usable(
+        self, method: str, event: Any, code: int
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(InvalidMessage) as caught:
+                await getattr(socket, method)()
+            assert caught.value.code == code
+            assert await socket.receive_text() == "next"
+
+        assert len(Drive(event, text("next")).run(view)) == 2
+
+    @pytest.mark.parametrize(
+        "method, message, code, reason",
+        [
+            ("receive_text", b"x", 1003, "text was expected"),
+            ("receive_bytes", "x", 1003, "bytes were expected"),
+            ("receive_json", "x", 1007, "JSON was expected"),
+            ("receive_json", "[" * 200_000, 1007, "JSON was expected"),
+            ("receive_json", b"\xff", 1007, "JSON was expected"),
+        ],
+    )
+    def test_uncaught_it_closes_with_its_code_and_no_log(
+        self,
+        ws: str,
+        caplog: pytest.LogCaptureFixture,
+        method: str,
+        message: Any,
+        code: int,
+        reason: str,
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await getattr(socket, method)()
+
+        with serve(view, ws=ws) as server, server.dial() as client:
+            client.send(message)
+            with pytest.raises(ConnectionClosed) as caught:
+                client.recv(10)
+        assert caught.value.rcvd is not None
+        assert (caught.value.rcvd.code, caught.value.rcvd.reason) == (code, reason)
+        assert quiet(caplog)
+
+    @pytest.mark.parametrize(
+        "data, expected",
+        [
+            ({"a": [1, None, True]}, '{"a":[1,null,true]}'),
+            ("déjà vu 🙂", '"déjà vu 🙂"'),
+            (datetime.date(2026, 1, 2), '"2026-01-02"'),
+            (
+                datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC),
+                '"2026-01-02T03:04:00Z"',
+            ),
+            (datetime.timedelta(days=1), '"P1DT00H00M00S"'),
+            (decimal.Decimal("1.10"), '"1.10"'),
+            (uuid.UUID(int=5), '"00000000-0000-0000-0000-000000000005"'),
+            (gettext_lazy("Monday"), '"Monday"'),
+            ("\ud800é", '"\\ud800é"'),
+        ],
+    )
+    def test_send_json_writes_as_django_does(self, data: Any, expected: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json(data)
+            await socket.send_json(data, binary=True)
+
+        accept, as_text, as_bytes, close = Drive().run(view)
+        assert as_text == {"type": "websocket.send", "text": expected}
+        assert as_bytes == {"type": "websocket.send", "bytes": expected.encode()}
+
+    @pytest.mark.parametrize("data", [float("nan"), [float("inf")], {"a": -1e999}])
+    def test_what_json_cannot_carry_is_a_value_error(self, data: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(ValueError):
+                await socket.send_json(data)
+            assert socket.connected
+
+        assert len(Drive().run(view)) == 2
+
+    @pytest.mark.parametrize(
+        "message",
+        ['"\\ud800"', '{"\\udfff":1.5e300}', "9" * 4300, '"é\\u0000"', "[[],{}]"],
+    )
+    def test_send_json_can_send_what_receive_json_gave(
+        self, ws: str, message: str
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            async for value in socket.iter_json():
+                await socket.send_json(value)
+                await socket.send_json(value, binary=True)
+
+        with serve(view, ws=ws) as server, server.dial() as client:
+            client.send(message)
+            assert json.loads(client.recv(10)) == json.loads(message)
+            assert json.loads(client.recv(10)) == json.loads(message)
+
+    def test_every_kind_crosses_the_wire(
+        self, ws: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with serve(echo, ws=ws) as server, server.dial(max_size=None) as client:
+            for message in ("", "déjà 🙂", b"", b"\x00\xff", "x" * 2**20, b"y" * 2**20):
+                client.send(message)
+                assert client.recv(10) == message
+        assert quiet(caplog)
+
+
+# URLs
+
+
+async def accepting(socket: WebSocket, *args: Any, **kwargs: Any) -> None:
+    await socket.accept()
+    await socket.send_json([args, kwargs])
+
+
+class Accepting(View):
+    greeting = "hello"
+
+    async def get(self, socket: WebSocket, **kwargs: Any) -> None:
+        await socket.accept()
+        await socket.send_json([self.greeting, kwargs])
+
+
+class Synchronous(View):
+    def get(self, socket: WebSocket) -> None:
+        raise AssertionError
+
+
+class AsyncCallable:
+    async def __call__(self, socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_json("object")
+
+
+def passing(view: Any) -> Any:
+    """A decorator that knows nothing of async."""
+
+    @functools.wraps(view)
+    def wrapper(request: Any, *args: Any, **kwargs: Any) -> Any:
+        return view(request, *args, **kwargs)
+
+    return wrapper
+
+
+def first_message(pattern: Any, path: str, **overrides: Any) -> Any:
+    drive = Drive(path=path)
+    drive.run(None, ROOT_URLCONF=urlconf(pattern), **overrides)
+    assert drive.types == ["websocket.accept", "websocket.send", "websocket.close"]
+    return json.loads(drive.sent[1]["text"])
+
+
+class TestRoutes:
+    def test_websocket_takes_converters_arguments_and_a_name(self) -> None:
+        pattern = websocket("<int:pk>/<slug:s>/", accepting, {"extra": 1}, name="room")
+        assert first_message(pattern, "/5/a-b/") == [
+            [],
+            {"pk": 5, "s": "a-b", "extra": 1},
+        ]
+        with override_settings(ROOT_URLCONF=urlconf(pattern)):
+            assert reverse("room", args=[7, "x"]) == "/7/x/"
+        assert pattern.name == "room"
+
+    def test_re_websocket_takes_a_regular_expression(self) -> None:
+        pattern = re_websocket(r"^(?P<year>[0-9]{4})/$", accepting, name="year")
+        assert first_message(pattern, "/2026/") == [[], {"year": "2026"}]
+        pattern = re_websocket(r"^([0-9]{4})/$", accepting, {"extra": 1})
+        assert first_message(pattern, "/2026/") == [["2026"], {"extra": 1}]
+
+    def test_include_and_namespaces(self) -> None:
+        inner = ([websocket("room/", accepting, name="room")], "chat")
+        pattern = path("in/<int:pk>/", include(inner, namespace="talk"))
+        assert first_message(pattern, "/in/3/room/") == [[], {"pk": 3}]
+        with override_settings(ROOT_URLCONF=urlconf(pattern)):
+            assert reverse("talk:room", args=[3]) == "/in/3/room/"
+
+    def test_i18n_patterns(self) -> None:
+        from django.conf.urls.i18n import i18n_patterns
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json(get_language())
+
+        [pattern] = i18n_patterns(websocket(gettext_lazy("ws/"), view))
+        locale = ["django.middleware.locale.LocaleMiddleware"]
+        assert first_message(pattern, "/de/ws/", MIDDLEWARE=locale) == "de"
+
+    @pytest.mark.parametrize(
+        "view, expected",
+        [
+            (accepting, [[], {}]),
+            (functools.partial(accepting, room="x"), [[], {"room": "x"}]),
+            (passing(accepting), [[], {}]),
+            (functools.partial(passing(accepting), a=1), [[], {"a": 1}]),
+            (AsyncCallable(), "object"),
+            (functools.partial(AsyncCallable()), "object"),
+            (AsyncCallable().__call__, "object"),
+            (Accepting.as_view(), ["hello", {}]),
+            (Accepting.as_view(greeting="hi"), ["hi", {}]),
+            (passing(Accepting.as_view()), ["hello", {}]),
+        ],
+    )
+    @pytest.mark.parametrize("route", [websocket, re_websocket])
+    def test_every_kind_of_view(self, route: Any, view: Any, expected: Any) -> None:
+        assert first_message(route("ws/", view), "/ws/") == expected
+
+    @pytest.mark.parametrize(
+        "view",
+        [
+            lambda socket: None,
+            functools.partial(lambda socket: None),
+            Accepting,
+            Synchronous.as_view(),
+            object(),
+            "views.chat",
+            include([]),
+        ],
+    )
+    @pytest.mark.parametrize("route", [websocket, re_websocket])
+    def test_a_view_that_is_not_async_is_refused(self, route: Any, view: Any) -> None:
+        with pytest.raises(TypeError, match="write 'async def'"):
+            route("ws/", view)
+
+    def test_the_error_names_the_view(self) -> None:
+        def chat(socket: WebSocket) -> None:
+            raise AssertionError
+
+        with pytest.raises(TypeError, match="chat"):
+            websocket("ws/", chat)
+
+    def test_a_class_without_get_is_a_405(self) -> None:
+        class Posting(View):
+            async def post(self, request: Any) -> HttpResponse:
+                raise AssertionError
+
+        drive = Drive()
+        drive.run(Posting.as_view())
+        assert drive.status == 405
+
+    def test_the_marker_of_an_async_view_is_not_copied(self) -> None:
+        from asgiref.sync import iscoroutinefunction
+
+        view = Accepting.as_view()
+        assert iscoroutinefunction(view)
+        callback: Any = websocket("ws/", view).callback
+        assert not iscoroutinefunction(callback)
+        assert callback.view_class is Accepting
+
+    def test_the_route_shows_the_name_of_the_view(self) -> None:
+        assert websocket("ws/", accepting).callback.__name__ == "accepting"
+
+
+# ASGI: the handshake
+
+
+def seen(client: ClientConnection) -> Any:
+    return json.loads(client.recv(10))
+
+
+@pytest.fixture
+def user(database: None) -> Iterator[Any]:
+    from django.contrib.auth.models import User
+
+    user = User.objects.create_user("ann", password="pass")
+    yield user
+    user.delete()
+
+
+def cookies(user: Any) -> dict[str, str]:
+    client = Client()
+    client.force_login(user)
+    return {"Cookie": f"sessionid={client.cookies['sessionid'].value}"}
+
+
+# Any, since django-stubs' decorators want views that take an HttpRequest.
+async def whoami(socket: Any) -> Any:
+    user = await socket.auser()
+    await socket.accept()
+    await socket.send_json(str(user))
+
+
+def tagging(get_response: Any) -> Any:
+    def middleware(request: HttpRequest) -> Any:
+        request.tag = threading.current_thread().name  # type: ignore[attr-defined]
+        response = get_response(request)
+        response["X-Tag"] = "tagged"
+        response["Content-Length"] = str(len(response.content))
+        response.set_cookie("flavour", "oat", httponly=True)
+        response.set_cookie("size", "small")
+        return response
+
+    return middleware
+
+
+@async_only_middleware
+def async_only(get_response: Any) -> Any:
+    async def middleware(request: HttpRequest) -> Any:
+        request.asynchronous = True  # type: ignore[attr-defined]
+        await asyncio.sleep(0)
+        response = await get_response(request)
+        response["X-Async"] = "yes"
+        return response
+
+    return middleware
+
+
+@sync_and_async_middleware
+def both_ways(get_response: Any) -> Any:
+    from asgiref.sync import iscoroutinefunction
+
+    def middleware(request: HttpRequest) -> Any:
+        setattr(request, "synchronous", not iscoroutinefunction(get_response))
+        return get_response(request)
+
+    return middleware
+
+
+def teapot(get_response: Any) -> Any:
+    return lambda request: HttpResponse("short and stout", status=418)
+
+
+def other_urls(get_response: Any) -> Any:
+    def middleware(request: HttpRequest) -> Any:
+        urls: Any = urlconf(websocket("other/", where, name="here"))
+        request.urlconf = urls
+        return get_response(request)
+
+    return middleware
+
+
+async def where(socket: WebSocket) -> None:
+    await socket.accept()
+    await socket.send_json([socket.path, reverse("here")])
+
+
+class Rescue:
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> Any:
+        return self.get_response(request)
+
+    def process_exception(self, request: HttpRequest, error: Exception) -> Any:
+        if isinstance(error, LookupError):
+            return HttpResponse("rescued", status=409)
+        return None
+
+
+class TestHandshake:
+    def test_the_session_user_is_there(self, ws: str, user: Any) -> None:
+        with serve(whoami, ws=ws, MIDDLEWARE=SESSIONS) as server:
+            with server.dial(additional_headers=cookies(user)) as client:
+                assert seen(client) == "ann"
+            with server.dial() as client:
+                assert seen(client) == "AnonymousUser"
+            forged = {"Cookie": "sessionid=forged"}
+            with server.dial(additional_headers=forged) as client:
+                assert seen(client) == "AnonymousUser"
+
+    def test_login_required(self, ws: str, user: Any) -> None:
+        from django.contrib.auth.decorators import login_required
+
+        view = login_required(whoami)
+        with serve(view, ws=ws, MIDDLEWARE=SESSIONS, LOGIN_URL="/in/") as server:
+            response = server.handshake("/ws/?a=1")
+            assert response.status == 302
+            assert response.headers["Location"] == "/in/?next=/ws/%3Fa%3D1"
+            with server.dial(additional_headers=cookies(user)) as client:
+                assert seen(client) == "ann"
+
+    def test_login_required_on_a_class(self, user: Any) -> None:
+        from django.contrib.auth.decorators import login_required
+        from django.contrib.auth.mixins import LoginRequiredMixin
+
+        class Mixed(LoginRequiredMixin, Accepting):
+            pass
+
+        @method_decorator(login_required, name="dispatch")
+        class Decorated(Accepting):
+            pass
+
+        for view in (Mixed.as_view(), Decorated.as_view()):
+            with serve(view, MIDDLEWARE=SESSIONS, LOGIN_URL="/in/") as server:
+                assert server.handshake().status == 302
+                with server.dial(additional_headers=cookies(user)) as client:
+                    assert seen(client) == ["hello", {}]
+
+    def test_permission_required(self, ws: str, user: Any) -> None:
+        from django.contrib.auth.decorators import permission_required
+        from django.contrib.auth.models import Permission
+
+        view = permission_required("auth.add_user", raise_exception=True)(whoami)
+        with serve(view, ws=ws, MIDDLEWARE=SESSIONS) as server:
+            assert server.handshake().status == 403
+            headers = cookies(user)
+            assert server.handshake(**headers).status == 403
+            user.user_permissions.add(Permission.objects.get(codename="add_user"))
+            with server.dial(additional_headers=headers) as client:
+                assert seen(client) == "ann"
+
+    def test_login_required_middleware_and_its_way_out(
+        self, ws: str, user: Any
+    ) -> None:
+        from django.contrib.auth.decorators import login_not_required, login_required
+
+        @login_not_required
+        async def public(socket: Any) -> Any:
+            await accepting(socket)
+
+        middleware = "django.contrib.auth.middleware.LoginRequiredMiddleware"
+        patterns = [
+            websocket("ws/", whoami),
+            websocket("public/", public),
+            websocket("own/", login_required(whoami, login_url="/own-login/")),
+        ]
+        options: Any = {"MIDDLEWARE": [*SESSIONS, middleware], "LOGIN_URL": "/in/"}
+        with serve(*patterns, ws=ws, **options) as server:
+            assert server.handshake().headers["Location"] == "/in/?next=/ws/"
+            location = server.handshake("/own/").headers["Location"]
+            assert location == "/own-login/?next=/own/"
+            with server.dial("/public/") as client:
+                assert seen(client) == [[], {}]
+            with server.dial(additional_headers=cookies(user)) as client:
+                assert seen(client) == "ann"
+
+    def test_the_language_is_active_in_the_view(self, ws: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json([get_language(), gettext_lazy("Monday")])
+
+        locale = ["django.middleware.locale.LocaleMiddleware"]
+        with serve(view, ws=ws, MIDDLEWARE=locale) as server:
+            for code, day in [("de", "Montag"), ("fr", "lundi"), ("en", "Monday")]:
+                headers = {"Accept-Language": code}
+                with server.dial(additional_headers=headers) as client:
+                    assert seen(client) == [code, day]
+
+    def test_append_slash_redirects(self, ws: str) -> None:
+        with serve(echo, ws=ws, MIDDLEWARE=[COMMON]) as server:
+            response = server.handshake("/ws")
+            assert response.status == 301
+            assert response.headers["Location"] == "/ws/"
+
+    @pytest.mark.parametrize(
+        "scheme, forwarded, status",
+        [
+            ("ws", None, 301),
+            ("wss", None, 101),
+            ("ws", b"https", 101),
+            ("wss", b"http", 301),
+        ],
+    )
+    def test_secure_ssl_redirect(
+        self, scheme: str, forwarded: bytes | None, status: int
+    ) -> None:
+        headers = [(b"host", b"testserver")]
+        if forwarded:
+            headers.append((b"x-forwarded-proto", forwarded))
+        drive = Drive(scheme=scheme, headers=headers)
+        drive.run(
+            accepting,
+            MIDDLEWARE=["django.middleware.security.SecurityMiddleware"],
+            SECURE_SSL_REDIRECT=True,
+            SECURE_PROXY_SSL_HEADER=(
+                ("HTTP_X_FORWARDED_PROTO", "https") if forwarded else None
+            ),
+        )
+        if status == 101:
+            assert drive.types[0] == "websocket.accept"
+        else:
+            assert drive.status == status
+            location = dict(drive.sent[0]["headers"])[b"Location"]
+            assert location == b"https://testserver/ws/"
+
+    def test_secure_ssl_redirect_on_the_wire(self, ws: str) -> None:
+        options: Any = {
+            "MIDDLEWARE": ["django.middleware.security.SecurityMiddleware"],
+            "SECURE_SSL_REDIRECT": True,
+            "SECURE_PROXY_SSL_HEADER": ("HTTP_X_FORWARDED_PROTO", "https"),
+        }
+        # uvicorn itself takes X-Forwarded-Proto from 127.0.0.1: here Django shall.
+        with serve(accepting, ws=ws, proxy_headers=False, **options) as server:
+            assert server.handshake().status == 301
+            secure: Any = {
+                "additional_headers": {"X-Forwarded-Proto": "https"},
+                "origin": f"https://127.0.0.1:{server.port}",
+            }
+            with server.dial(**secure) as client:
+                assert seen(client) == [[], {}]
+
+    def test_cookies_and_headers_of_the_middleware_travel_along(self, ws: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            if socket.GET.get("deny"):
+                raise PermissionDenied
+            await socket.accept(headers={"Set-Cookie": "own=1"})
+
+        with serve(view, ws=ws, MIDDLEWARE=[f"{__name__}.tagging"]) as server:
+            with server.dial() as client:
+                assert client.response is not None
+                headers = client.response.headers
+            assert headers["X-Tag"] == "tagged"
+            assert headers.get_all("Set-Cookie") == [
+                "flavour=oat; HttpOnly; Path=/",
+                "size=small; Path=/",
+                "own=1",
+            ]
+            assert "Content-Type" not in headers
+            assert "Content-Length" not in headers
+            # The middleware refuses nothing here: the URLconf and the view do.
+            for path_ in ("/nowhere/", "/ws/?deny=1"):
+                headers = server.handshake(path_).headers
+                assert headers["X-Tag"] == "tagged"
+                assert len(headers.get_all("Set-Cookie")) == 2
+                assert headers["Content-Type"].startswith("text/html")
+
+    def test_the_chain_runs_in_one_hop_to_a_thread(self) -> None:
+        names = []
+
+        async def view(socket: WebSocket) -> None:
+            names.append(socket.tag)
+            await socket.accept()
+
+        Drive().run(view, MIDDLEWARE=[f"{__name__}.tagging"])
+        assert names and names != [threading.main_thread().name]
+
+    def test_async_only_middleware(self, ws: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json([socket.asynchronous, socket.synchronous])
+
+        middleware = [f"{__name__}.{name}" for name in ("async_only", "both_ways")]
+        with serve(view, ws=ws, MIDDLEWARE=middleware) as server:
+            with server.dial() as client:
+                assert seen(client) == [True, True]
+                assert client.response is not None
+                assert client.response.headers["X-Async"] == "yes"
+
+    def test_a_middleware_that_answers_itself(self, ws: str) -> None:
+        with serve(accepting, ws=ws, MIDDLEWARE=[f"{__name__}.teapot"]) as server:
+            response = server.handshake()
+            assert response.status == 418
+            assert response.body == b"short and stout"
+
+    def test_a_middleware_that_sets_the_urlconf(self, ws: str) -> None:
+        with serve(accepting, ws=ws, MIDDLEWARE=[f"{__name__}.other_urls"]) as server:
+            assert server.handshake("/ws/").status == 404
+            with server.dial("/other/") as client:
+                assert seen(client) == ["/other/", "/other/"]
+
+    def test_atomic_requests(self, ws: str, user: Any) -> None:
+        from django.db import connections
+
+        connections.settings["default"]["ATOMIC_REQUESTS"] = True
+        try:
+            with serve(whoami, ws=ws, MIDDLEWARE=SESSIONS) as server:
+                with server.dial(additional_headers=cookies(user)) as client:
+                    assert seen(client) == "ann"
+        finally:
+            connections.settings["default"]["ATOMIC_REQUESTS"] = False
+
+    def test_force_script_name(self, ws: str) -> None:
+        pattern = websocket("ws/", where, name="here")
+        with serve(pattern, ws=ws, FORCE_SCRIPT_NAME="/app") as server:
+            with server.dial("/app/ws/") as client:
+                assert seen(client) == ["/app/ws/", "/app/ws/"]
+
+    def test_root_path(self, ws: str) -> None:
+        pattern = websocket("ws/", where, name="here")
+        with serve(pattern, ws=ws, root_path="/app") as server:
+            with server.dial("/ws/") as client:  # as a proxy that strips /app does
+                assert seen(client) == ["/app/ws/", "/app/ws/"]
+
+    def test_an_unknown_route_is_a_404(self, ws: str) -> None:
+        with serve(accepting, ws=ws) as server:
+            assert server.handshake("/nowhere/").status == 404
+
+    def test_an_http_route_is_a_404_and_its_view_never_runs(self, ws: str) -> None:
+        ran = []
+
+        def view(request: HttpRequest) -> HttpResponse:
+            ran.append(request.path)
+            return HttpResponse("page")
+
+        with serve(path("page/", view), ws=ws) as server:
+            assert server.handshake("/page/").status == 404
+            assert not ran
+            assert server.get("/page/").body == b"page"
+            assert ran == ["/page/"]
+
+    def test_a_query_string_that_is_no_utf8_is_a_400(self) -> None:
+        drive = Drive(query_string=b"a=\xff")
+        drive.run(accepting)
+        assert drive.status == 400
+
+    def test_the_signals_of_a_request(self) -> None:
+        got: list[str] = []
+
+        def started(sender: Any, **kwargs: Any) -> None:
+            assert issubclass(sender, django_ws.WebSocketHandler)
+            assert kwargs["scope"]["type"] == "websocket"
+            got.append("started")
+
+        def finished(sender: Any, **kwargs: Any) -> None:
+            assert issubclass(sender, django_ws.WebSocketHandler)
+            got.append("finished")
+
+        async def view(socket: WebSocket) -> None:
+            got.append("view")
+            await socket.accept()
+
+        signals.request_started.connect(started)
+        signals.request_finished.connect(finished)
+        try:
+            Drive().run(view)
+            assert got == ["started", "finished", "view"]
+            got.clear()
+            Drive(path="/nowhere/").run(view)
+            assert got == ["started", "finished"]
+        finally:
+            signals.request_started.disconnect(started)
+            signals.request_finished.disconnect(finished)
+
+    def test_a_connection_that_ends_before_it_begins(self) -> None:
+        drive = Drive()
+        drive.events = [GONE]
+        assert drive.run(accepting) == []
+
+
+class TestPlainHttp:
+    def test_it_is_426_under_asgi(
+        self, ws: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with serve(accepting, ws=ws) as server:
+            response = server.get("/ws/")
+        assert response.status == 426
+        assert response.headers["Upgrade"] == "websocket"
+        assert response.headers["Connection"] == "Upgrade"
+        assert "lacks WebSocket support" not in caplog.text
+
+    def test_it_has_no_hop_by_hop_headers_in_http_2(self) -> None:
+        from django.test import AsyncRequestFactory
+
+        request = AsyncRequestFactory(http_version="2").get("/ws/")
+        response: Any = websocket("ws/", accepting).callback(request)
+        assert response.status_code == 426
+        assert not {"Upgrade", "Connection"} & set(response.headers)
+
+    def test_it_has_no_hop_by_hop_headers_under_wsgi(self) -> None:
+        from wsgiref.simple_server import WSGIRequestHandler, make_server
+        from wsgiref.validate import validator
+
+        from django.core.wsgi import get_wsgi_application
+
+        class Handler(WSGIRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        with override_settings(ROOT_URLCONF=urlconf(websocket("ws/", accepting))):
+            application = validator(get_wsgi_application())
+            server = make_server("127.0.0.1", 0, application, handler_class=Handler)
+            thread = threading.Thread(target=server.handle_request)
+            thread.start()
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+            connection.request("GET", "/ws/")
+            response = connection.getresponse()
+            thread.join()
+            server.server_close()
+            connection.close()
+        # wsgiref's server fails an assertion, a 500, on hop-by-hop headers.
+        assert response.status == 426
+        assert "Upgrade" not in response.headers
+
+    @pytest.mark.parametrize(
+        "headers",
+        [
+            {"Connection": "Upgrade", "Upgrade": "websocket"},
+            {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="},  # nginx dropped Upgrade
+        ],
+    )
+    def test_a_handshake_that_arrives_as_http_is_a_warning_that_helps(
+        self, headers: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with serve(accepting, ws="none") as server:
+            response = server.get("/ws/", **headers)
+        assert response.status == 426
+        [record] = [r for r in caplog.records if r.name == "django.request"]
+        assert record.levelno == logging.WARNING
+        assert "lacks WebSocket support" in record.getMessage()
+        assert "uvicorn[standard]" in record.getMessage()
+        assert "ASGI server" in record.getMessage()
+        assert record.status_code == 426  # type: ignore[attr-defined]
+
+
+# ASGI: origins
+
+TRUSTED: dict[str, Any] = {"CSRF_TRUSTED_ORIGINS": ["https://app.org"]}
+WILDCARD: dict[str, Any] = {"CSRF_TRUSTED_ORIGINS": ["https://*.app.org"]}
+LOCAL: dict[str, Any] = {"ALLOWED_HOSTS": [], "DEBUG": True}
+ANY: dict[str, Any] = {"ALLOWED_HOSTS": ["*"]}
+CHECKED: dict[str, Any] = {"MIDDLEWARE": [COMMON]}
+
+#: The Origin, the Host, settings, and the status of the answer.
+ORIGINS: list[tuple[str | None, str, dict[str, Any], int]] = [
+    # This site, and clients that are no browsers.
+    ("http://example.com", "example.com", {}, 101),
+    ("http://example.com:8000", "example.com:8000", {}, 101),
+    ("http://127.0.0.1", "127.0.0.1", {}, 101),
+    ("http://[::1]:8000", "[::1]:8000", {}, 101),
+    ("http://chat.example.com", "chat.example.com", {}, 101),
+    (None, "example.com", {}, 101),
+    # Other ports, schemes and hosts.
+    ("http://example.com:8001", "example.com:8000", {}, 403),
+    ("http://example.com", "example.com:8000", {}, 403),
+    ("http://example.com:80", "example.com", {}, 403),
+    ("https://example.com", "example.com", {}, 403),
+    ("ws://example.com", "example.com", {}, 403),
+    ("http://evil.org", "example.com", {}, 403),
+    ("http://chat.example.com", "example.com", {}, 403),
+    ("http://example.com.evil.org", "example.com", {}, 403),
+    ("http://evilexample.com", "example.com", {}, 403),
+    ("http://example.co", "example.com", {}, 403),
+    ("http://example.com@evil.org", "example.com", {}, 403),
+    ("http://evil.org/http://example.com", "example.com", {}, 403),
+    ("http://example.com/", "example.com", {}, 403),
+    ("http://[::2]:8000", "[::1]:8000", {}, 403),
+    # What is no origin.
+    ("null", "example.com", {}, 403),
+    ("", "example.com", {}, 403),
+    ("example.com", "example.com", {}, 403),
+    ("http://", "example.com", {}, 403),
+    ("http://[", "example.com", {}, 403),
+    ("http://[::1", "[::1]", {}, 403),
+    ("http://example.com, http://evil.org", "example.com", {}, 403),
+    ("*", "example.com", {}, 403),
+    ("file://", "example.com", {}, 403),
+    # Browsers write schemes and hosts in lower case; Django compares as is.
+    ("HTTP://EXAMPLE.COM", "example.com", {}, 403),
+    # CSRF_TRUSTED_ORIGINS.
+    ("https://app.org", "example.com", TRUSTED, 101),
+    ("http://app.org", "example.com", TRUSTED, 403),
+    ("https://a.app.org", "example.com", TRUSTED, 403),
+    ("https://a.app.org", "example.com", WILDCARD, 101),
+    ("https://a.b.app.org", "example.com", WILDCARD, 101),
+    ("http://a.app.org", "example.com", WILDCARD, 403),
+    ("https://evilapp.org", "example.com", WILDCARD, 403),
+    ("https://a.app.org:8443", "example.com", WILDCARD, 403),
+    ("null", "example.com", WILDCARD, 403),
+    # The Host; a rebinding attempt names a foreign one in both.
+    (None, "evil.org", {}, 400),
+    (None, "evil.org", CHECKED, 400),
+    ("http://evil.org", "evil.org", {}, 400),
+    ("http://evil.org", "evil.org", CHECKED, 400),
+    ("https://app.org", "evil.org", TRUSTED, 400),
+    ("http://example.com", "example.com:bad", {}, 400),
+    ("http://localhost", "localhost", LOCAL, 101),
+    ("http://evil.org", "evil.org", LOCAL, 400),
+    ("http://evil.org", "localhost", LOCAL, 403),
+    ("http://any.org", "any.org", ANY, 101),
+    ("http://evil.org", "any.org", ANY, 403),
+]
+
+
+class TestOrigins:
+    @pytest.mark.parametrize("origin, host, overrides, status", ORIGINS)
+    def test_the_table(
+        self,
+        origin: str | None,
+        host: str,
+        overrides: Any,
+        status: int,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        headers = [(b"host", host.encode())]
+        if origin is not None:
+            headers.append((b"origin", origin.encode()))
+        drive = Drive(headers=headers)
+        drive.run(accepting, **overrides)
+        if status == 101:
+            assert drive.types[0] == "websocket.accept"
+            assert quiet(caplog)
+        else:
+            assert drive.status == status
+            assert "websocket.accept" not in drive.types
+            offender = origin if status == 403 else host
+            security = [
+                record.getMessage()
+                for record in caplog.records
+                if record.name.startswith("django.security")
+            ]
+            assert any(str(offender) in message for message in security), security
+
+    @pytest.mark.parametrize("origin, status", [("http://evil.org", 403), (None, 101)])
+    def test_it_holds_on_the_wire(
+        self, ws: str, origin: str | None, status: int
+    ) -> None:
+        with serve(accepting, ws=ws) as server:
+            if status == 101:
+                with server.dial(origin=None) as client:
+                    assert seen(client) == [[], {}]
+            else:
+                response = server.handshake(Origin=str(origin))
+                assert response.status == 403
+                assert b"CSRF verification failed" in response.body
+            assert server.handshake(Host="evil.org").status == 400
+            rebinding = {"Host": "evil.org", "Origin": "http://evil.org"}
+            assert server.handshake(**rebinding).status == 400
+
+    def test_csrf_exempt_is_the_way_out_for_one_view(self) -> None:
+        from django.views.decorators.csrf import csrf_exempt
+
+        @method_decorator(csrf_exempt, name="dispatch")
+        class Exempt(Accepting):
+            pass
+
+        evil = [(b"host", b"testserver"), (b"origin", b"http://evil.org")]
+        for view in (
+            csrf_exempt(accepting),
+            csrf_exempt(Accepting.as_view()),
+            Exempt.as_view(),
+        ):
+            drive = Drive(headers=evil)
+            drive.run(view)
+            assert drive.types[0] == "websocket.accept"
+        foreign = [(b"host", b"evil.org"), (b"origin", b"http://evil.org")]
+        drive = Drive(headers=foreign)
+        drive.run(csrf_exempt(accepting))
+        assert drive.status == 400
+
+    def test_the_private_names_of_django_that_it_rests_on(self) -> None:
+        from django.middleware.csrf import CsrfViewMiddleware
+
+        assert callable(CsrfViewMiddleware._origin_verified)  # type: ignore
+        assert callable(CsrfViewMiddleware._reject)  # type: ignore
+
+
+# ASGI: refusals and errors
+
+
+def template_response(request: HttpRequest) -> HttpResponse:
+    from django.template import engines
+    from django.template.response import TemplateResponse
+
+    template = engines["django"].from_string("rendered {{ what }}")
+    return TemplateResponse(request, template, {"what": "late"}, status=402)
+
+
+def streaming(request: HttpRequest) -> StreamingHttpResponse:
+    async def parts() -> AsyncIterator[str]:
+        for number in range(3):
+            await asyncio.sleep(0)
+            yield f"part {number} "
+
+    return StreamingHttpResponse(parts(), status=503)
+
+
+def with_everything(request: HttpRequest) -> HttpResponse:
+    response = JsonResponse({"detail": "no"}, status=401, headers={"X-Why": "because"})
+    response.set_cookie("seen", "1")
+    return response
+
+
+def custom_403(request: HttpRequest, exception: Exception) -> HttpResponse:
+    return HttpResponse(f"custom 403: {exception}", status=403)
+
+
+def custom_404(request: HttpRequest, exception: Exception) -> HttpResponse:
+    return HttpResponse(f"custom 404: {exception}", status=404)
+
+
+def custom_500(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("custom 500", status=500)
+
+
+def returning(response: Callable[[Any], Any]) -> Any:
+    async def view(socket: WebSocket) -> Any:
+        return response(socket)
+
+    return view
+
+
+def raising(error: BaseException, accept: bool = False) -> Any:
+    async def view(socket: WebSocket) -> None:
+        if accept:
+            await socket.accept()
+        raise error
+
+    return view
+
+
+async def closing(socket: WebSocket) -> None:
+    await socket.close()
+
+
+async def just_returning(socket: WebSocket) -> None:
+    pass
+
+
+HANDLERS: dict[str, Any] = {
+    "handler403": custom_403,
+    "handler404": custom_404,
+    "handler500": custom_500,
+}
+TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates"}]
+
+
+class TestBeforeAccept:
+    @pytest.mark.parametrize(
+        "view, status, body",
+        [
+            (returning(with_everything), 401, b'{"detail": "no"}'),
+            (returning(streaming), 503, b"part 0 part 1 part 2 "),
+            (returning(template_response), 402, b"rendered late"),
+            (returning(lambda socket: HttpResponse(b"")), 200, b""),
+            (raising(Http404("gone")), 404, b"custom 404: gone"),
+            (raising(PermissionDenied("no")), 403, b"custom 403: no"),
+            (raising(BadRequest("bad")), 400, b"Bad Request"),
+            (raising(SuspiciousOperation("odd")), 400, b"Bad Request"),
+            (raising(ValueError("bug")), 500, b"custom 500"),
+            (raising(ExceptionGroup("g", [Http404("in")])), 404, b"custom 404: in"),
+            (raising(LookupError()), 409, b"rescued"),
+            (raising(WebSocketDisconnect()), 403, b"custom 403: "),
+            (closing, 403, b"custom 403: "),
+            (just_returning, 403, b"custom 403: "),
+            (returning(lambda socket: "a string"), 500, b"custom 500"),
+        ],
+    )
+    def test_it_becomes_the_http_answer(
+        self, ws: str, view: Any, status: int, body: bytes
+    ) -> None:
+        options: Any = {"MIDDLEWARE": [f"{__name__}.Rescue"], "TEMPLATES": TEMPLATES}
+        with serve(view, ws=ws, **HANDLERS, **options) as server:
+            response = server.handshake()
+        assert response.status == status
+        assert body in response.body
+
+    def test_headers_and_cookies_go_out_too(self, ws: str) -> None:
+        with serve(returning(with_everything), ws=ws) as server:
+            headers = server.handshake().headers
+        assert headers["X-Why"] == "because"
+        assert headers["Set-Cookie"] == "seen=1; Path=/"
+        assert headers["Content-Type"] == "application/json"
+
+    @pytest.mark.parametrize(
+        "error, status, text",
+        [
+            (Http404("gone"), 404, b"gone"),
+            (ValueError("a bug"), 500, b"a bug"),
+            (BadRequest("bad"), 400, b"bad"),
+        ],
+    )
+    def test_debug_shows_djangos_page(
+        self, error: Exception, status: int, text: bytes
+    ) -> None:
+        drive = Drive()
+        drive.run(raising(error), DEBUG=True, TEMPLATES=TEMPLATES)
+        assert drive.status == status
+        assert text in drive.sent[1]["body"]
+        assert b"DEBUG = True" in b"".join(event["body"] for event in drive.sent[1:])
+
+    @pytest.mark.parametrize("extensions", [{}, None])
+    def test_without_the_extension_the_server_makes_a_403(
+        self, extensions: Any
+    ) -> None:
+        for view in (raising(Http404()), closing, just_returning):
+            drive = Drive(extensions=extensions)
+            assert drive.run(view) == [{"type": "websocket.close"}]
+
+    def test_the_events_are_those_of_the_extension(self) -> None:
+        drive = Drive()
+        drive.run(returning(lambda socket: HttpResponse("x" * 100_000, status=403)))
+        assert drive.types[0] == "websocket.http.response.start"
+        [body] = drive.sent[1:]
+        assert body["type"] == "websocket.http.response.body"
+        assert body["body"] == b"x" * 100_000
+        assert not body.get("more_body")
+
+    def test_a_response_is_closed(self) -> None:
+        closed = []
+
+        def response(socket: WebSocket) -> HttpResponse:
+            response = HttpResponse(status=403)
+            response._resource_closers.append(  # type: ignore[attr-defined]
+                lambda: closed.append("response")
+            )
+            return response
+
+        Drive().run(returning(response))
+        assert closed == ["response"]
+
+    @pytest.mark.parametrize(
+        "error, name, level",
+        [
+            (ValueError("a bug"), "django.request", logging.ERROR),
+            (PermissionDenied("no"), "django.request", logging.WARNING),
+            (Http404("no"), "django.request", logging.WARNING),
+            (SuspiciousOperation("odd"), "django.security", logging.ERROR),
+        ],
+    )
+    def test_it_is_logged_once_as_django_logs_it(
+        self, error: Exception, name: str, level: int, caplog: Any
+    ) -> None:
+        Drive().run(raising(error))
+        [record] = [r for r in caplog.records if r.name.startswith("django.")]
+        assert (record.name.startswith(name), record.levelno) == (True, level)
+        assert record.request.path == "/ws/"
+        if isinstance(error, ValueError):
+            assert record.exc_info[1] is error
+
+    def test_closing_again_after_a_refusal_does_nothing(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.close()
+            await socket.close()
+            with pytest.raises(WebSocketDisconnect):
+                await socket.accept()
+
+        drive = Drive()
+        drive.run(view)
+        assert drive.status == 403
+        assert len(drive.sent) == 2
+
+    def test_an_error_of_the_synchronous_part_of_a_view(self) -> None:
+        class Dispatching(Accepting):
+            def dispatch(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+                raise Http404("dispatched")
+
+        drive = Drive()
+        drive.run(Dispatching.as_view())
+        assert drive.status == 404
+
+
+class TestAfterAccept:
+    @pytest.mark.parametrize(
+        "error, code, reason",
+        [
+            (PermissionDenied("not you"), 1008, "PermissionDenied: not you"),
+            (ValueError("a bug"), 1011, "ValueError: a bug"),
+            (Http404("no"), 1011, "Http404: no"),
+            (BadRequest("no"), 1011, "BadRequest: no"),
+            (ValueError("é" * 100), 1011, "ValueError: " + "é" * 55),
+            (ValueError("\ud800"), 1011, "ValueError: ?"),
+            (InvalidMessage(1007, "odd"), 1007, "odd"),
+            (ExceptionGroup("g", [ValueError("a")]), 1011, "ValueError: a"),
+        ],
+    )
+    @pytest.mark.parametrize("debug", [True, False])
+    def test_an_exception_closes_with_its_code(
+        self, error: Exception, code: int, reason: str, debug: bool
+    ) -> None:
+        sent = Drive().run(raising(error, accept=True), DEBUG=debug)
+        if not (debug or code == 1007):
+            reason = ""
+        assert sent[1] == {"type": "websocket.close", "code": code, "reason": reason}
+
+    def test_returning_closes_with_1000(self, ws: str) -> None:
+        with serve(accepting, ws=ws) as server, server.dial() as client:
+            client.recv(10)
+            with pytest.raises(ConnectionClosed) as caught:
+                client.recv(10)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1000
+
+    def test_an_exception_is_logged_once_with_traceback_and_request(
+        self, ws: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        got = []
+
+        def signalled(sender: Any, request: HttpRequest, **kwargs: Any) -> None:
+            got.append((request.path, sys.exc_info()[1]))
+
+        error = ValueError("a bug")
+        signals.got_request_exception.connect(signalled)
+        try:
+            with serve(raising(error, accept=True), ws=ws) as server:
+                with server.dial() as client:
+                    with pytest.raises(ConnectionClosed) as caught:
+                        client.recv(10)
+        finally:
+            signals.got_request_exception.disconnect(signalled)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1011
+        assert got == [("/ws/", error)]
+        [record] = [r for r in caplog.records if r.levelno > logging.INFO]
+        assert (record.name, record.levelname) == ("django.request", "ERROR")
+        assert record.exc_info is not None and record.exc_info[1] is error
+        assert record.getMessage() == "Internal Server Error: /ws/"
+        assert record.request.path == "/ws/"  # type: ignore[attr-defined]
+        assert record.status_code == 500  # type: ignore[attr-defined]
+
+    def test_permission_denied_is_a_warning_and_no_signal(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        got = []
+
+        def signalled(**kwargs: Any) -> None:
+            got.append(kwargs)
+
+        signals.got_request_exception.connect(signalled)
+        try:
+            Drive().run(raising(PermissionDenied("no"), accept=True))
+        finally:
+            signals.got_request_exception.disconnect(signalled)
+        [record] = caplog.records
+        assert (record.name, record.levelname) == ("django.request", "WARNING")
+        assert not got
+
+    def test_an_exception_is_mailed_to_the_admins(self) -> None:
+        from django.core import mail
+        from django.utils.log import AdminEmailHandler
+
+        handler = AdminEmailHandler()
+        logger = logging.getLogger("django.request")
+        logger.addHandler(handler)
+        backend = "django.core.mail.backends.locmem.EmailBackend"
+        mailing: dict[str, Any] = {"EMAIL_BACKEND": backend}
+        if django.VERSION >= (6, 1):
+            mailing = {"MAILERS": {"default": {"BACKEND": backend}}}
+        outbox: list[Any] = []
+        setattr(mail, "outbox", outbox)
+        try:
+            Drive().run(
+                raising(ValueError("a bug"), accept=True),
+                ADMINS=["admin@example.com"],
+                TEMPLATES=TEMPLATES,
+                **mailing,
+            )
+        finally:
+            logger.removeHandler(handler)
+        [message] = outbox
+        assert "Internal Server Error: /ws/" in message.subject
+        assert "a bug" in message.body
+
+    def test_propagated_exceptions_reach_the_server(self) -> None:
+        error = ValueError("a bug")
+        for accept in (True, False):
+            with pytest.raises(ValueError, match="a bug"):
+                Drive().run(raising(error, accept), DEBUG_PROPAGATE_EXCEPTIONS=True)
+
+    def test_what_several_tasks_raise_is_logged_as_a_group(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        group = ExceptionGroup("g", [ValueError("a"), KeyError("b")])
+        assert Drive().run(raising(group, accept=True))[1]["code"] == 1011
+        [record] = caplog.records
+        assert record.exc_info and isinstance(record.exc_info[1], ExceptionGroup)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            WebSocketDisconnect(1001),
+            ExceptionGroup("g", [WebSocketDisconnect(1001)]),
+            ExceptionGroup("g", [ExceptionGroup("h", [WebSocketDisconnect(1001)])]),
+        ],
+    )
+    def test_an_uncaught_disconnect_is_a_normal_end(
+        self, error: Exception, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert Drive().run(raising(error, accept=True))[1]["code"] == 1000
+        assert quiet(caplog)
+
+    @pytest.mark.parametrize("moment", ["handshake", "accept", "receive", "send"])
+    @pytest.mark.parametrize("how", ["close", "reset"])
+    def test_a_client_that_goes_away_leaves_no_log(
+        self, ws: str, moment: str, how: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        at, ended = threading.Event(), threading.Event()
+        go = threading.Event()
+
+        async def pause(name: str) -> None:
+            if name == moment:
+                at.set()
+                while not go.is_set():
+                    await asyncio.sleep(0.01)
+
+        async def view(socket: WebSocket) -> None:
+            try:
+                await pause("handshake")
+                await socket.accept()
+                await pause("accept")
+                await socket.send_text("hello")
+                await pause("receive")
+                await socket.receive_text()
+                await pause("send")
+                for _ in range(100):
+                    await socket.send_text("x" * 10_000)
+                    await asyncio.sleep(0)
+                await socket.receive_text()
+            finally:
+                ended.set()
+
+        with serve(view, ws=ws) as server:
+            raw = sockets.create_connection(("127.0.0.1", server.port))
+            raw.sendall(
+                b"GET /ws/ HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\n"
+                b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            )
+            if moment != "handshake":
+                assert raw.recv(1000).startswith(b"HTTP/1.1 101")
+                raw.sendall(b"\x81\x82\x00\x00\x00\x00hi")  # a masked "hi"
+            assert at.wait(10)
+            if how == "reset":
+                linger = struct.pack("ii", 1, 0)
+                raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, linger)
+            raw.close()
+            time.sleep(0.05)  # the server's turn to see it; either order is tested
+            go.set()
+            assert ended.wait(10)
+        assert quiet(caplog)
+
+
+class TestEverythingElse:
+    def test_http_and_lifespan_pass_untouched(self) -> None:
+        calls = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            calls.append((scope, receive, send))
+
+        async def receive() -> Any:
+            raise AssertionError
+
+        async def send(event: Any) -> None:
+            raise AssertionError
+
+        application: Any = websockets(app)
+        for kind in ("http", "lifespan", "something new"):
+            scope = {"type": kind}
+            asyncio.run(application(scope, receive, send))
+            assert calls.pop() == (scope, receive, send)
+            assert scope == {"type": kind}
