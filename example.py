@@ -36,7 +36,7 @@ PAGE = """<!doctype html>
   #state.open::before { background: var(--accent) }
   p, small { color: var(--soft) }
   form { display: flex; flex-wrap: wrap; gap: .5rem }
-  input { flex: 1 1 12rem; min-width: 0 }
+  input { flex: 1 1 12rem; min-width: 0 } ::placeholder { color: var(--soft) }
   input, button { padding: .6rem .8rem; border: 1px solid var(--line); font: inherit;
                   border-radius: .5rem; background: var(--card); color: inherit }
   button { cursor: pointer } button:disabled { cursor: default; opacity: .5 }
@@ -45,10 +45,12 @@ PAGE = """<!doctype html>
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
   ol { margin: 1.5rem 0; padding: 0; list-style: none; border-radius: .75rem;
        border: 1px solid var(--line); background: var(--card); min-height: 3.5rem }
-  li { display: flex; justify-content: space-between; gap: 1rem; padding: .6rem 1rem;
-       overflow-wrap: anywhere }
+  li { display: flex; justify-content: space-between; align-items: baseline;
+       gap: 1rem; padding: .6rem 1rem; overflow-wrap: anywhere }
   li + li { border-top: 1px solid var(--line) }
   small { white-space: nowrap; font-variant-numeric: tabular-nums }
+  #news { position: absolute; width: 1px; height: 1px; overflow: hidden;
+          clip-path: inset(50%) }
 </style>
 <header><h1>django_ws</h1><span id="state" role="status">connecting</span></header>
 <p>What you send goes to Django over a WebSocket and comes back.</p>
@@ -57,10 +59,11 @@ PAGE = """<!doctype html>
   <button class="main" id="send" disabled>Send</button>
   <button id="pause" type="button" aria-pressed="false">Pause</button>
 </form>
-<ol id="log" role="log" aria-live="polite" aria-label="Echoes"></ol>
+<ol id="log" aria-label="Echoes"></ol>
+<p id="news" aria-live="polite"></p>
 <script>
-  const [state, text, send, pause, log] =
-    ["state", "text", "send", "pause", "log"].map(id => document.getElementById(id));
+  const [state, text, send, pause, log, news] = ["state", "text", "send", "pause",
+    "log", "news"].map(id => document.getElementById(id));
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
   let socket, retries = 0, sent = [];
 
@@ -69,13 +72,16 @@ PAGE = """<!doctype html>
     sent = [];
     socket.onopen = () => { retries = 0; show("connected", true) };
     socket.onmessage = event => {
-      const took = performance.now() - sent.shift();
+      const [start, typed] = sent.shift();
+      const took = `${(performance.now() - start).toFixed(1)} ms`;
       const line = document.createElement("li"), time = document.createElement("small");
       line.textContent = event.data;
-      time.textContent = `${took.toFixed(1)} ms`;
+      time.textContent = took;
       line.append(time);
       log.prepend(line);
       if (log.children.length > 8) log.lastChild.remove();
+      // Screen readers hear what was typed, not every hello.
+      if (typed) news.textContent = `${event.data}, ${took}`;
     };
     socket.onclose = () => {
       // Back-off with jitter, so that a restart is not met by everyone at once.
@@ -89,15 +95,15 @@ PAGE = """<!doctype html>
     state.classList.toggle("open", open);
     send.disabled = !open;
   }
-  function say(message) {
+  function say(message, typed) {
     if (socket.readyState !== WebSocket.OPEN) return false;
-    sent.push(performance.now());
+    sent.push([performance.now(), typed]);
     socket.send(message);
     return true;
   }
   document.querySelector("form").onsubmit = event => {
     event.preventDefault();
-    if (text.value && say(text.value)) text.value = "";
+    if (text.value && say(text.value, true)) text.value = "";
     text.focus();
   };
   pause.onclick = () => {
@@ -106,7 +112,7 @@ PAGE = """<!doctype html>
     pause.textContent = paused ? "Resume" : "Pause";
   };
   setInterval(() => {
-    if (pause.getAttribute("aria-pressed") === "false") say("hello");
+    if (pause.getAttribute("aria-pressed") === "false") say("hello", false);
   }, 1000);
   connect();
 </script>

@@ -28,7 +28,6 @@ import tempfile
 import threading
 import time
 import types
-import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -148,27 +147,10 @@ def urlconf(*urlpatterns: Any, **names: Any) -> types.ModuleType:
     return module
 
 
-class Server:
-    """A real uvicorn on a thread, serving `application` on 127.0.0.1."""
+class Site:
+    """Something that serves 127.0.0.1:port, and the ways to ask it."""
 
-    def __init__(self, application: Any, **options: Any) -> None:
-        options = {"log_config": None, "lifespan": "off", **options}
-        self.uvicorn = uvicorn.Server(uvicorn.Config(application, **options))
-        self.socket = sockets.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        self.thread = threading.Thread(
-            target=self.uvicorn.run, kwargs={"sockets": [self.socket]}
-        )
-
-    def __enter__(self) -> "Server":
-        self.thread.start()
-        wait_for(lambda: self.uvicorn.started)
-        return self
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.uvicorn.should_exit = True
-        self.thread.join(20)
-        assert not self.thread.is_alive(), "the server did not stop"
+    port: int
 
     def dial(self, path: str = "/ws/", **options: Any) -> ClientConnection:
         """Open a WebSocket as a browser on this site does."""
@@ -202,6 +184,29 @@ class Server:
         response.close()
         connection.close()
         return response
+
+
+class Server(Site):
+    """A real uvicorn on a thread, serving `application` on 127.0.0.1."""
+
+    def __init__(self, application: Any, **options: Any) -> None:
+        options = {"log_config": None, "lifespan": "off", **options}
+        self.uvicorn = uvicorn.Server(uvicorn.Config(application, **options))
+        self.socket = sockets.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.thread = threading.Thread(
+            target=self.uvicorn.run, kwargs={"sockets": [self.socket]}
+        )
+
+    def __enter__(self) -> "Server":
+        self.thread.start()
+        wait_for(lambda: self.uvicorn.started)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.uvicorn.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive(), "the server did not stop"
 
 
 @contextlib.contextmanager
@@ -2088,3 +2093,389 @@ class TestEverythingElse:
             asyncio.run(application(scope, receive, send))
             assert calls.pop() == (scope, receive, send)
             assert scope == {"type": kind}
+
+
+# Whatever comes
+
+
+MISUSE = (RuntimeError, ValueError, TypeError)
+CLIENT = [text("a"), text("[1]"), binary(b"b"), binary(b"{}"), text("{"), binary(b"")]
+ACTIONS: list[tuple[Any, ...]] = [
+    *[("accept",), ("accept", "chat"), ("accept", "other")],
+    *[("accept", None, {"X-A": "1"}), ("accept", None, {"X-A": "\n"})],
+    *[("close",), ("close", 4000, "bye"), ("close", 1005), ("close", 1000, "x" * 200)],
+    *[("send_text", "x"), ("send_text", 1), ("send_bytes", b"x"), ("send_bytes", "x")],
+    *[("send_json", [1]), ("send_json", object()), ("send_json", float("nan"))],
+    *[("receive_text",), ("receive_bytes",), ("receive_json",), ("receive",)],
+    *[("send", {"type": "websocket.accept"}), ("send", {"type": "websocket.close"})],
+    *[("send", {"type": "websocket.send", "text": "x"}), ("send", {"type": "?"})],
+    *[("raise", ValueError()), ("raise", PermissionDenied()), ("raise", Http404())],
+    *[("raise", WebSocketDisconnect()), ("raise", InvalidMessage(1007, "x"))],
+    ("return", HttpResponse("no", status=418)),
+]
+
+
+class TestAnySequence:
+    def test_events_never_break_the_asgi_specification(self) -> None:
+        if not importlib.util.find_spec("hypothesis"):
+            missing("hypothesis")
+        from hypothesis import given
+        from hypothesis import settings as hypothesis_settings
+        from hypothesis import strategies as st
+
+        @hypothesis_settings(max_examples=400, deadline=None, database=None)
+        @given(
+            st.lists(st.sampled_from(CLIENT), max_size=5),
+            st.lists(st.sampled_from(ACTIONS), max_size=8),
+            st.booleans(),
+            st.booleans(),
+            st.booleans(),
+        )
+        def check(
+            events: Any, actions: Any, strict: bool, denial: bool, catching: bool
+        ) -> None:
+            async def view(socket: WebSocket) -> Any:
+                for name, *arguments in actions:
+                    try:
+                        if name == "raise":
+                            raise arguments[0]
+                        if name == "return":
+                            return arguments[0]
+                        await getattr(socket, name)(*arguments)
+                    except (WebSocketDisconnect, InvalidMessage, *MISUSE):
+                        if not catching:
+                            raise
+
+            class Strict(Drive):
+                """A server that raises after the end, as ASGI 2.4 wants."""
+
+                async def send(self, event: dict[str, Any]) -> None:
+                    if strict and not self.events:
+                        raise OSError("the client has gone")
+                    await super().send(event)
+
+            extensions: Any = {"websocket.http.response": {}} if denial else {}
+            drive = Strict(*events, GONE, subprotocols=["chat"], extensions=extensions)
+            drive.run(view)
+            grammar = re.compile(
+                r"(accept (send )*(close )?"
+                r"|close |http.response.start http.response.body )"
+                + ("|" if strict else "")
+            )
+            words = [event["type"].removeprefix("websocket.") for event in drive.sent]
+            assert grammar.fullmatch("".join(f"{word} " for word in words)), words
+
+        logging.disable(logging.CRITICAL)
+        try:
+            check()
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+# The whole, as strangers meet it
+
+
+class Process(Site):
+    """A command that serves 127.0.0.1:port, its output in a file."""
+
+    def __init__(self, directory: pathlib.Path, *command: Any, port: int = 0) -> None:
+        self.port = port or free_port()
+        self.log = directory / f"output-{self.port}.log"
+        self.command = [str(word).format(port=self.port) for word in command]
+        self.directory = directory
+
+    def __enter__(self) -> "Process":
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.directory,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        wait_for(self.answers, 30)
+        return self
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        with contextlib.suppress(OSError):
+            sockets.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        return False
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def free_port() -> int:
+    with sockets.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+UVICORN = (sys.executable, "-m", "uvicorn", "--port", "{port}")
+
+
+def start_project(directory: pathlib.Path) -> pathlib.Path:
+    command = [sys.executable, "-m", "django", "startproject", "project_name", "."]
+    subprocess.run(command, cwd=directory, check=True)
+    (directory / "django_ws.py").write_text((HERE / "django_ws.py").read_text())
+    return directory / "project_name"
+
+
+class TestTutorial:
+    def test_verbatim(self, tmp_path: pathlib.Path) -> None:
+        project = start_project(tmp_path)
+        with (project / "asgi.py").open("a") as file:
+            file.write("from django_ws import websockets\n")
+            file.write("application = websockets(application)\n")
+        (project / "urls.py").write_text("""
+from django.urls import path
+from django_ws import websocket
+from . import views
+urlpatterns = [
+    path("", views.IndexView.as_view()), websocket("ws/", views.websocket_view)
+]
+""")
+        (project / "views.py").write_text("""
+from django.http import HttpResponse
+from django.views import View
+class IndexView(View):
+    def get(self, request):
+        return HttpResponse("index")
+async def websocket_view(socket):
+    await socket.accept()
+    while True:
+        message = await socket.receive_text()
+        await socket.send_text(message)
+""")
+        application = "project_name.asgi:application"
+        with Process(tmp_path, *UVICORN, application) as server:
+            assert server.get("/").body == b"index"
+            for origin in (f"http://127.0.0.1:{server.port}", None):
+                with server.dial("/ws/", origin=origin) as client:
+                    for message in ("hello", "déjà", ""):
+                        client.send(message)
+                        assert client.recv(10) == message
+            with server.dial("/ws/") as client:
+                client.send("and gone")
+                client.close_socket()
+        assert "Traceback" not in server.log.read_text()
+        assert "ERROR" not in server.log.read_text()
+
+
+def readme_blocks(language: str) -> list[str]:
+    text = (HERE / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+class TestReadme:
+    def test_every_python_block_names_its_file(self) -> None:
+        for block in readme_blocks("python"):
+            assert re.match(r"# (hello|project_name/(asgi|urls|views))\.py", block)
+
+    def test_the_shortest_program(self, tmp_path: pathlib.Path) -> None:
+        [program] = [b for b in readme_blocks("python") if b.startswith("# hello.py")]
+        (tmp_path / "hello.py").write_text(program)
+        with Process(tmp_path, *UVICORN, "hello:application") as server:
+            with server.dial("/ws/") as client:
+                client.send("hi")
+                assert client.recv(10) == "hi"
+
+    def test_the_project_that_its_blocks_make(self, tmp_path: pathlib.Path) -> None:
+        project = start_project(tmp_path)
+        (project / "urls.py").unlink()
+        for block in readme_blocks("python"):
+            name = re.match(r"# project_name/(\w+\.py)", block)
+            if name:
+                with (project / name[1]).open("a") as file:
+                    file.write(block)
+        manage = [sys.executable, "manage.py"]
+        subprocess.run([*manage, "migrate", "-v0"], cwd=tmp_path, check=True)
+        login = (
+            "from django.contrib.auth.models import User\n"
+            "from django.test import Client\n"
+            "for staff in (False, True):\n"
+            "    user = User.objects.create_user(f'ann{staff}', is_staff=staff)\n"
+            "    client = Client()\n"
+            "    client.force_login(user)\n"
+            "    print(client.cookies['sessionid'].value)\n"
+        )
+        ann, staff = subprocess.run(
+            [*manage, "shell", "-v0", "-c", login],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        application = "project_name.asgi:application"
+        with Process(tmp_path, *UVICORN, application) as server:
+
+            def first(path: str, session: str = "", **options: Any) -> Any:
+                headers = {"Cookie": f"sessionid={session}"}
+                with server.dial(path, additional_headers=headers, **options) as client:
+                    return client.recv(10)
+
+            def refused(path: str, session: str = "") -> Any:
+                return server.handshake(path, Cookie=f"sessionid={session}").status
+
+            assert b"new WebSocket" in server.get("/").body
+            assert server.get("/static/admin/css/base.css").status == 200
+            with server.dial("/ws/") as client:
+                client.send("hello")
+                assert client.recv(10) == "hello"
+            assert json.loads(first("/whoami/", ann)) == {"user": "annFalse"}
+            assert refused("/whoami/") == 302
+            assert refused("/staff/", ann) == 403
+            headers = {"Cookie": f"sessionid={staff}"}
+            with server.dial("/staff/", additional_headers=headers) as client:
+                client.send("1")
+                assert json.loads(client.recv(10)) == {"staff": 1}
+            assert first("/public/", origin="http://evil.org") == "for everyone"
+            with server.dial("/careful/") as client:
+                client.send('{"a":1}')
+                assert client.recv(10) == '{"a":1}'
+                client.send("{")
+                with pytest.raises(ConnectionClosed) as caught:
+                    client.recv(10)
+            assert caught.value.rcvd is not None
+            assert caught.value.rcvd.code == 1003
+            assert json.loads(first("/room/lobby/", ann)) == {"room": "lobby"}
+            assert refused("/room/lobby/") == 302
+            wait_for(lambda: "closed with 1003" in server.log.read_text())
+        assert "Internal Server Error" not in server.log.read_text()
+
+    def test_it_has_the_two_commands(self) -> None:
+        commands = [block for block in readme_blocks("sh") if ".venv" in block]
+        assert [command.count("\n") for command in commands] == [1, 1]
+        assert commands[0].rstrip().endswith(".venv/bin/python example.py")
+        assert commands[1].rstrip().endswith(".venv/bin/python -m pytest")
+
+    def test_the_licence(self) -> None:
+        assert "SPDX-License-Identifier: MIT" in (HERE / "django_ws.py").read_text()
+        assert "MIT License" in (HERE / "README.md").read_text()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A real Chromium without a window."""
+    if not importlib.util.find_spec("selenium"):
+        missing("selenium")
+    if not pathlib.Path("/usr/bin/chromedriver").exists():
+        missing("Debian's chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+    ):
+        options.add_argument(f"--{flag}")
+    service = webdriver.ChromeService("/usr/bin/chromedriver")
+    driver = webdriver.Chrome(options=options, service=service)
+    yield driver
+    driver.quit()
+
+
+class TestExample:
+    def test_the_page_in_a_browser(self, browser: Any, tmp_path: pathlib.Path) -> None:
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        def state() -> str:
+            return str(browser.find_element(By.ID, "state").text)
+
+        def echoes() -> str:
+            return str(browser.find_element(By.ID, "log").text)
+
+        example = (sys.executable, HERE / "example.py", "{port}")
+        with Process(tmp_path, *example) as server:
+            browser.get(f"http://127.0.0.1:{server.port}/")
+            wait_for(lambda: state() == "connected")
+            wait_for(lambda: "hello" in echoes())
+            # By keyboard alone: the first stop is the field, the third is Pause.
+            keys = browser.switch_to.active_element
+            keys.send_keys(Keys.TAB)
+            browser.switch_to.active_element.send_keys("Grüße", Keys.ENTER)
+            wait_for(lambda: re.search(r"Grüße\s+[0-9.]+ ms", echoes()))
+            news = browser.find_element(By.ID, "news")
+            assert news.get_attribute("aria-live") == "polite"
+            assert "Grüße" in news.get_attribute("textContent")
+            pause = browser.find_element(By.ID, "pause")
+            pause.send_keys(Keys.SPACE)
+            assert pause.get_attribute("aria-pressed") == "true"
+            assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
+        wait_for(lambda: state() == "reconnecting")
+        with Process(tmp_path, *example, port=server.port):
+            wait_for(lambda: state() == "connected", 30)
+            field = browser.find_element(By.ID, "text")
+            field.send_keys("again", Keys.ENTER)
+            wait_for(lambda: "again" in echoes())
+        # While the server was down the browser itself says that it found nobody.
+        for entry in browser.get_log("browser"):
+            assert "WebSocket connection to" in entry["message"], entry
+        requests = browser.execute_script(
+            "return performance.getEntriesByType('resource').map(entry => entry.name)"
+        )
+        assert requests == []
+        assert "Traceback" not in server.log.read_text()
+
+    def test_a_port_in_use_gets_one_clear_line(self) -> None:
+        with sockets.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            run = subprocess.run(
+                [sys.executable, HERE / "example.py", str(port)],
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+        assert run.returncode == 1
+        [line] = (run.stdout + run.stderr).splitlines()
+        assert f"Cannot listen on 127.0.0.1:{port}: Address already in use" in line
+
+    def test_the_default_port_is_8000(self) -> None:
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # taken by somebody else: as good
+                stack.enter_context(sockets.create_server(("127.0.0.1", 8000)))
+            run = subprocess.run(
+                [sys.executable, HERE / "example.py"],
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+        assert "Cannot listen on 127.0.0.1:8000" in run.stderr
+
+
+class TestTheCard:
+    def test_the_top_level_holds_five_files(self) -> None:
+        tracked = subprocess.run(
+            ["git", "ls-files"], cwd=HERE, capture_output=True, text=True
+        ).stdout.split()
+        if not tracked:
+            pytest.skip("not a git checkout")
+        assert {name.split("/")[0] for name in tracked if name[0] != "."} == {
+            *("README.md", "django_ws.py", "example.py", "setup.cfg"),
+            "test_django_ws.py",
+        }
+
+    def test_the_module_needs_django_and_asgiref_only(self) -> None:
+        program = (
+            "import sys, django, django.core.handlers.asgi, django.middleware.csrf;"
+            "import django.core.serializers.json, django.urls, asgiref.sync;"
+            "import django.conf; django.conf.settings.configure();"
+            "before = set(sys.modules); import django_ws;"
+            "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=HERE,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert set(run.stdout.split()) <= {"django_ws", "django", "asgiref"} | set(
+            sys.stdlib_module_names
+        )
