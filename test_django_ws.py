@@ -1980,12 +1980,15 @@ class TestAfterAccept:
         mailing: dict[str, Any] = {"EMAIL_BACKEND": backend}
         if django.VERSION >= (6, 1):
             mailing = {"MAILERS": {"default": {"BACKEND": backend}}}
+        admins: Any = [("Admin", "admin@example.com")]
+        if django.VERSION >= (6, 0):
+            admins = ["admin@example.com"]
         outbox: list[Any] = []
         setattr(mail, "outbox", outbox)
         try:
             Drive().run(
                 raising(ValueError("a bug"), accept=True),
-                ADMINS=["admin@example.com"],
+                ADMINS=admins,
                 TEMPLATES=TEMPLATES,
                 **mailing,
             )
