@@ -268,7 +268,7 @@ class WebSocket:
         # Whether a task waits in receive(), what reads ahead where none does for
         # a second, and the timer for that second.
         self._waiting = False
-        self._ahead: asyncio.Task[Event] | None = None
+        self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -344,14 +344,16 @@ class WebSocket:
                 event = await self._receive()
         finally:
             self._waiting = False
+            if self._timer is None:
+                self._watch()
         if event["type"] == "websocket.disconnect":
-            self._ended(event.get("code") or 1005, event.get("reason") or "")
-        elif self._timer is None:
-            self._watch()
+            self._left(event)
         return event
 
     def _watch(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self.WATCH, self._look)
+        if self._task is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.WATCH, self._look)
 
     def _look(self) -> None:
         """See after a view that did not wait for its client just now."""
@@ -360,21 +362,26 @@ class WebSocket:
             if not self._told and self._task is not None:
                 self._told = "cancelled"
                 self._task.cancel()
-        elif not self._waiting and self._ahead is None:
-            # One event ahead of the view: it may be the end. Any more would take the
-            # server's back-pressure away.
-            self._ahead = asyncio.ensure_future(self._receive())
-            self._ahead.add_done_callback(self._looked)
+        elif not self._waiting:
+            if self._ahead is None:
+                # One event ahead of the view: it may be the end. Any more would take
+                # the server's back-pressure away.
+                self._ahead = asyncio.ensure_future(self._receive())
+                self._ahead.add_done_callback(self._looked)
+            elif self._ahead.done():
+                self._looked(self._ahead)
 
     def _looked(self, ahead: asyncio.Future[Event]) -> None:
-        if self._ahead is not ahead or ahead.cancelled():
+        if self._task is None or self._waiting or self._ahead is not ahead:
             return
-        if ahead.exception() is not None:
+        if ahead.cancelled() or ahead.exception() is not None:
             self._ahead = None  # the view will see when it asks the server itself
-        elif ahead.result()["type"] == "websocket.disconnect" and not self._waiting:
-            event = ahead.result()
-            self._ended(event.get("code") or 1005, event.get("reason") or "")
+        elif ahead.result()["type"] == "websocket.disconnect":
+            self._left(ahead.result())
             self._look()
+
+    def _left(self, event: Event) -> None:
+        self._ended(event.get("code") or 1005, event.get("reason") or "")
 
     def _ended(self, code: int, reason: str) -> None:
         if self._state != "closed":
@@ -946,48 +953,60 @@ class WebSocketHandler(ASGIHandler):
             return await self.refuse(response, scope, send)
         lease.release(clean=True)
 
-        async def refuse(result: Any) -> None:
-            socket._answered("closed")
-            refusal = await sync_to_async(self.get_refusal)(request, result, response)
-            await self.refuse(refusal, scope, send)
-
         headers = [
             (name.lower(), value)
             for name, value in (await self.encode(response))[0]["headers"]
             if name.lower() != b"content-type"
             and not _SERVERS_OWN.fullmatch(name.decode("latin-1"))
         ]
+        refuse = partial(self.refuse_by_view, socket, response)
         socket._handshake(connect, refuse, headers)
-        result = await self.run_view(socket, response.result)
+        result = response.result
+        del response, refuse  # an idle socket has no use for them
+        result = await self.run_view(socket, result)
         if socket._refuse is None:
             await socket.close()
         elif socket._state == "closed":
+            socket._answered("closed")
             # The client left during the handshake; uvicorn logs an error where it gets
             # no answer even so.
             with suppress(OSError, RuntimeError):
                 await send({"type": SendEvent.CLOSE})
         else:
-            await refuse(result or PermissionDenied("its view did not accept"))
+            await socket._refuse(result or PermissionDenied("its view did not accept"))
 
     async def run_view(self, socket: WebSocket, result: Any) -> Any:
         """Await a view; return what refuses the handshake where it did not accept."""
-        socket._task = task = asyncio.current_task()
+        task = asyncio.current_task()
         assert task is not None
-        socket._watch()
         try:
-            if inspect.isawaitable(result):
-                result = await result
-            return result
-        except asyncio.CancelledError:
-            # Somebody else's cancellation goes on its way.
-            if socket._told != "cancelled" or task.cancelling() > 1:
-                raise
+            socket._task = task
+            socket._watch()
+            try:
+                return await result if inspect.isawaitable(result) else result
+            finally:
+                socket._stop()
+                if socket._told == "cancelled":
+                    task.uncancel()
+        except asyncio.CancelledError as error:
+            if task.cancelling():
+                raise  # somebody else's cancellation goes on its way
+            if socket._told == "cancelled":
+                return None
+            cause = RuntimeError("the view awaited something that was cancelled")
+            cause.__cause__ = error
+            return await self.handle_exception(socket, cause)
         except Exception as error:
             return await self.handle_exception(socket, error)
-        finally:
-            socket._stop()
-            if socket._told == "cancelled":
-                task.uncancel()
+
+    async def refuse_by_view(
+        self, socket: WebSocket, handshake: HttpResponse, result: Any
+    ) -> None:
+        """Refuse for what a view returned or raised before accept()."""
+        socket._answered("closed")
+        get_refusal = sync_to_async(self.get_refusal)
+        response = await get_refusal(socket.request, result, handshake)
+        await self.refuse(response, socket.scope, socket._send)
 
     def start(self, socket: WebSocket) -> Any:
         """Do all of a handshake that is synchronous; it runs in a worker thread."""

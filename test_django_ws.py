@@ -20,6 +20,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import socket as sockets
 import struct
 import subprocess
@@ -35,6 +36,7 @@ from typing import Any
 import django
 import pytest
 import uvicorn
+from asgiref.sync import async_to_sync, sync_to_async
 from django.conf import settings
 from django.core import signals
 from django.core.asgi import get_asgi_application
@@ -50,7 +52,13 @@ from django.http import (
     JsonResponse,
     StreamingHttpResponse,
 )
-from django.test import Client, override_settings
+from django.test import (
+    AsyncClient,
+    Client,
+    TestCase,
+    TransactionTestCase,
+    override_settings,
+)
 from django.urls import include, path, reverse
 from django.utils.decorators import (
     async_only_middleware,
@@ -209,6 +217,48 @@ class Server(Site):
         assert not self.thread.is_alive(), "the server did not stop"
 
 
+class Process(Site):
+    """A command that serves 127.0.0.1:port, its output in a file."""
+
+    def __init__(self, directory: pathlib.Path, *command: Any, port: int = 0) -> None:
+        self.port = port or free_port()
+        self.log = directory / f"output-{self.port}.log"
+        self.command = [str(word).format(port=self.port) for word in command]
+        self.directory = directory
+
+    def __enter__(self) -> "Process":
+        environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.directory,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        wait_for(self.answers, 30)
+        return self
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        with contextlib.suppress(OSError):
+            sockets.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        return False
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def free_port() -> int:
+    with sockets.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+UVICORN = (sys.executable, "-m", "uvicorn", "--port", "{port}")
+
+
 @contextlib.contextmanager
 def serve(*patterns: Any, ws: str = "auto", **options: Any) -> Iterator[Server]:
     """Serve URL patterns, or one view at /ws/; upper-case options are settings."""
@@ -252,6 +302,14 @@ def binary(data: bytes) -> dict[str, Any]:
 
 CONNECT = {"type": "websocket.connect"}
 GONE = {"type": "websocket.disconnect", "code": 4001, "reason": "bye"}
+
+
+# What a client that is no browser sends first.
+HANDSHAKE = (
+    b"GET /ws/ HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\n"
+    b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
 
 
 class Drive:
@@ -2058,11 +2116,7 @@ class TestAfterAccept:
 
         with serve(view, ws=ws) as server:
             raw = sockets.create_connection(("127.0.0.1", server.port))
-            raw.sendall(
-                b"GET /ws/ HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\n"
-                b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-            )
+            raw.sendall(HANDSHAKE)
             if moment != "handshake":
                 assert raw.recv(1000).startswith(b"HTTP/1.1 101")
                 raw.sendall(b"\x81\x82\x00\x00\x00\x00hi")  # a masked "hi"
@@ -2075,6 +2129,960 @@ class TestAfterAccept:
             go.set()
             assert ended.wait(10)
         assert quiet(caplog)
+
+
+# ASGI: the lifetime
+
+
+class Live(Drive):
+    """A connection whose client's events come when the test says so."""
+
+    def __init__(self, *events: dict[str, Any], **scope: Any) -> None:
+        super().__init__(*events, **scope)
+        self.queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.taken = 0
+
+    async def receive(self) -> dict[str, Any]:
+        event = await self.queue.get()
+        self.taken += 1
+        return event
+
+    def play(self, view: Any, client: Any, **overrides: Any) -> list[dict[str, Any]]:
+        """Serve by `view` while `client(self)` runs; both must end."""
+
+        async def main() -> None:
+            for event in self.events:
+                self.queue.put_nowait(event)
+            application: Any = websockets(no_http)
+            async with asyncio.timeout(20):
+                self.task = asyncio.create_task(
+                    application(self.scope, self.receive, self.send)
+                )
+                await client(self)
+                await asyncio.wait([self.task])
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        overrides.setdefault("ROOT_URLCONF", urlconf(websocket("ws/", view)))
+        with override_settings(**overrides):
+            asyncio.run(main())
+        return self.sent
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look after busy views sooner than after a second."""
+    monkeypatch.setattr(WebSocket, "WATCH", 0.02)
+
+
+class TestGoneIsGone:
+    @pytest.mark.parametrize("how", ["close", "reset", "shutdown"])
+    def test_a_busy_view_is_cancelled_when_its_client_leaves(
+        self, ws: str, how: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        steps: list[str] = []
+        asleep = threading.Event()
+
+        @contextlib.asynccontextmanager
+        async def resource() -> AsyncIterator[None]:
+            try:
+                yield
+            finally:
+                await asyncio.sleep(0.01)
+                steps.append("async with")
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            assert await socket.receive_text() == "hi"
+            try:
+                async with resource():
+                    asleep.set()
+                    await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                steps.append("except")
+                with pytest.raises(WebSocketDisconnect):
+                    await socket.send_text("late")
+                raise
+            finally:
+                await asyncio.sleep(0.01)
+                steps.append(f"finally {time.monotonic() - left:.2f}")
+
+        with serve(view, ws=ws) as server:
+            with contextlib.ExitStack() as stack:
+                client = stack.enter_context(server.dial())
+                client.send("hi")
+                assert asleep.wait(10)
+                left = time.monotonic()
+                if how == "close":
+                    client.close(4001)
+                elif how == "reset":
+                    linger = struct.pack("ii", 1, 0)
+                    raw = client.socket
+                    raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, linger)
+                    os.close(raw.detach())
+                else:
+                    server.uvicorn.should_exit = True
+                wait_for(lambda: len(steps) == 3)
+        assert steps[:2] == ["async with", "except"]
+        assert float(steps[2].split()[1]) < 1.5
+        assert quiet(caplog)
+
+    def test_before_accept_too(self, ws: str, caplog: Any) -> None:
+        ended = threading.Event()
+        begun = threading.Event()
+
+        async def view(socket: WebSocket) -> None:
+            try:
+                begun.set()
+                await asyncio.sleep(3600)
+            finally:
+                ended.set()
+
+        with serve(view, ws=ws) as server:
+            raw = sockets.create_connection(("127.0.0.1", server.port))
+            raw.sendall(HANDSHAKE)
+            assert begun.wait(10)
+            raw.close()
+            assert ended.wait(1.5)
+        assert quiet(caplog)
+
+    def test_a_view_that_swallows_the_cancellation_may_go_on(
+        self, quick: None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        steps: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                steps.append("cancelled")
+            await asyncio.sleep(0.2)
+            steps.append("ended")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            live.queue.put_nowait(GONE)
+
+        live = Live()
+        live.play(view, client)
+        assert steps == ["cancelled", "ended"]
+        assert not live.task.cancelled()
+        assert quiet(caplog)
+
+    def test_an_error_in_the_cleanup_is_logged(
+        self, quick: None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                raise ValueError("cleanup")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            live.queue.put_nowait(GONE)
+
+        live = Live()
+        live.play(view, client)
+        assert live.task.exception() is None
+        assert not live.task.cancelling()
+        [record] = caplog.records
+        assert record.exc_info and str(record.exc_info[1]) == "cleanup"
+
+    @pytest.mark.parametrize("too", [False, True])
+    def test_the_servers_own_cancellation_passes_through(
+        self, quick: None, too: bool
+    ) -> None:
+        seen: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+                if too:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(3600)
+                raise
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            if too:
+                live.queue.put_nowait(GONE)
+                await live.until(lambda: seen)
+            live.task.cancel()
+
+        live = Live()
+        live.play(view, client)
+        assert live.task.cancelled()
+        assert seen == ["cancelled"]
+
+    def test_awaiting_what_was_cancelled_is_an_error_of_the_view(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+
+        assert Drive().run(view)[1]["code"] == 1011
+        [record] = caplog.records
+        assert record.exc_info and "cancelled" in str(record.exc_info[1])
+
+    def test_timeouts_in_the_view_keep_their_meaning(self, quick: None) -> None:
+        seen: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await asyncio.sleep(3600)
+            task = asyncio.current_task()
+            assert task is not None and task.cancelling() == 0
+            await socket.send_text("still here")
+            seen.append("timeout")
+            try:
+                async with asyncio.timeout(60):
+                    await asyncio.sleep(3600)
+            except TimeoutError:
+                seen.append("wrong")
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+                assert task.cancelling() == 1
+                raise
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: seen)
+            live.queue.put_nowait(GONE)
+
+        live = Live()
+        live.play(view, client)
+        assert seen == ["timeout", "cancelled"]
+        assert live.task.exception() is None and not live.task.cancelling()
+
+    def test_a_view_that_was_told_may_take_its_time(self, quick: None) -> None:
+        seen: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            async for _ in socket:
+                pass
+            await asyncio.sleep(0.2)
+            seen.append("saved")
+
+        async def client(live: Live) -> None:
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert seen == ["saved"]
+
+    def test_so_may_one_that_closed_by_itself(self, quick: None) -> None:
+        seen: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.close()
+            await asyncio.sleep(0.2)
+            seen.append("saved")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) == 2)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert seen == ["saved"]
+
+    @pytest.mark.parametrize("quit", ["returns", "raises", "closes"])
+    def test_a_child_task_that_learns_of_the_end_does_not_keep_it(
+        self, quick: None, quit: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        seen: list[str] = []
+
+        async def reader(socket: WebSocket) -> None:
+            if quit == "closes":
+                await socket.receive_text()
+                await socket.close(4005)
+            elif quit == "raises":
+                while True:
+                    await socket.receive_text()
+            else:
+                async for _ in socket:
+                    pass
+
+        async def writer() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                seen.append("writer ended")
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(reader(socket))
+                group.create_task(writer())
+
+        async def client(live: Live) -> None:
+            live.queue.put_nowait(text("a"))
+            if quit != "closes":
+                live.queue.put_nowait(GONE)
+
+        live = Live()
+        live.play(view, client)
+        assert seen == ["writer ended"]
+        assert live.task.exception() is None and not live.task.cancelling()
+        assert quiet(caplog)
+
+    def test_a_child_task_left_behind_hears_of_the_end(self, quick: None) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            task = asyncio.create_task(socket.receive_text())
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                with pytest.raises(WebSocketDisconnect):
+                    await task
+                told.append("child")
+
+        told: list[str] = []
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            await asyncio.sleep(0.01)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert told == ["child"]
+
+
+class TestMessagesOfABusyView:
+    def test_none_is_lost_and_one_is_taken_ahead(self, quick: None) -> None:
+        got: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            assert await socket.receive_text() == "0"
+            before = live.taken
+            await asyncio.sleep(0.2)
+            ahead.append(live.taken - before)
+            got.extend([message async for message in socket.iter_text()])
+
+        ahead: list[int] = []
+
+        async def client(live: Live) -> None:
+            for number in range(1000):
+                live.queue.put_nowait(text(str(number)))
+            live.queue.put_nowait(GONE)
+
+        live = Live()
+        live.play(view, client)
+        assert ahead == [1]
+        assert got == [str(number) for number in range(1, 1000)]
+
+    def test_a_thousand_messages_to_a_view_that_sleeps(self, ws: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.receive_text()
+            await asyncio.sleep(1.2)
+            async for message in socket.iter_text():
+                await socket.send_text(message)
+
+        with serve(view, ws=ws) as server, server.dial() as client:
+            client.send("go")
+            for number in range(1000):
+                client.send(str(number))
+            for number in range(1000):
+                assert client.recv(10) == str(number)
+
+    def test_a_timeout_around_receive_loses_nothing(self, ws: str, quick: None) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            timeouts = 0
+            while True:
+                try:
+                    async with asyncio.timeout(0.001):
+                        message = await socket.receive_text()
+                except TimeoutError:
+                    timeouts += 1
+                else:
+                    await socket.send_text(f"{message} {timeouts > 0}")
+
+        with serve(view, ws=ws) as server, server.dial() as client:
+            client.send("first")
+            time.sleep(0.1)
+            for number in range(1000):
+                client.send(str(number))
+                if number % 100 == 0:
+                    time.sleep(0.01)
+            assert str(client.recv(10)).startswith("first")
+            got = [client.recv(10) for _ in range(1000)]
+        assert got == [f"{number} True" for number in range(1000)]
+
+    def test_receiving_in_a_child_task(self, quick: None) -> None:
+        got: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            queue: asyncio.Queue[str] = asyncio.Queue()
+
+            async def reader() -> None:
+                async for message in socket.iter_text():
+                    await queue.put(message)
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(reader())
+                while len(got) < 100:
+                    await asyncio.sleep(0.001)
+                    got.append(await queue.get())
+
+        async def client(live: Live) -> None:
+            for number in range(100):
+                live.queue.put_nowait(text(str(number)))
+                await asyncio.sleep(0.001)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert got == [str(number) for number in range(100)]
+
+    def test_a_message_read_ahead_is_handed_over_whoever_comes(
+        self, quick: None
+    ) -> None:
+        got: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(0.1)  # it is read ahead, and nothing comes
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await socket.receive_text()
+            arrived.set()
+            got.append(await socket.receive_text())
+            await asyncio.sleep(0.1)
+            got.append(await socket.receive())
+            await asyncio.sleep(0.1)
+            got.append(await socket.receive())
+
+        arrived = asyncio.Event()
+
+        async def client(live: Live) -> None:
+            await arrived.wait()
+            for event in (text("a"), text("b"), GONE):
+                live.queue.put_nowait(event)
+
+        Live().play(view, client)
+        assert got == ["a", text("b")]  # the second sleep was cancelled: gone is gone
+
+    def test_the_end_is_not_missed_between_two_receives(self, quick: None) -> None:
+        """The client leaves just when a timeout takes the view out of receive()."""
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(0.1)
+            try:
+                async with asyncio.timeout(60) as timeout:
+                    asyncio.get_running_loop().call_soon(live.queue.put_nowait, GONE)
+                    waiting = asyncio.get_running_loop().call_later
+                    waiting(0.01, timeout.reschedule, 0)
+                    await socket.receive_text()
+            except (TimeoutError, WebSocketDisconnect):
+                pass
+            if not socket._told:
+                await asyncio.sleep(3600)
+
+        async def client(live: Live) -> None:
+            pass
+
+        live = Live()
+        live.play(view, client)
+
+    def test_two_tasks_may_not_receive_at_once(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            first = asyncio.create_task(socket.receive_text())
+            await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="another task is receiving"):
+                await socket.receive_text()
+            assert await first == "a"
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            await asyncio.sleep(0.01)
+            live.queue.put_nowait(text("a"))
+
+        assert len(Live().play(view, client)) == 2
+
+    def test_a_receive_of_the_server_that_fails_reaches_the_view(
+        self, quick: None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Failing(Live):
+            async def receive(self) -> dict[str, Any]:
+                event = await super().receive()
+                if event is GONE:
+                    raise ValueError("server")
+                return event
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(0.1)
+            failing.queue.put_nowait(GONE)
+            with pytest.raises(ValueError, match="server"):
+                await socket.receive_text()
+
+        async def client(live: Live) -> None:
+            live.queue.put_nowait(GONE)
+
+        failing = Failing()
+        assert len(failing.play(view, client)) == 2
+        assert quiet(caplog)
+
+    def test_a_socket_that_waits_costs_no_timer_and_no_task(self, quick: None) -> None:
+        counts: list[int] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.receive_text()
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            await asyncio.sleep(0.1)
+            loop: Any = asyncio.get_running_loop()
+            tasks = len(asyncio.all_tasks())
+            for _ in range(20):
+                await asyncio.sleep(0)
+                # Nothing is due but what this test itself may have scheduled.
+                due = [timer for timer in loop._scheduled if not timer.cancelled()]
+                counts.append(sum("_look" in repr(timer) for timer in due))
+            counts.append(len(asyncio.all_tasks()) - tasks)
+            assert tasks == 2  # this one and the connection's
+            live.queue.put_nowait(text("a"))
+
+        Live().play(view, client)
+        assert set(counts) == {0}
+
+    def test_nothing_is_left_when_a_view_has_ended(self, quick: None) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(0.1)
+            assert socket._ahead is not None and socket._timer is None
+            assert await socket.receive_text() == "a"
+            assert socket._ahead is None and socket._timer is not None
+
+        async def client(live: Live) -> None:
+            await asyncio.sleep(0.15)
+            live.queue.put_nowait(text("a"))
+            await asyncio.wait([live.task])
+            loop: Any = asyncio.get_running_loop()
+            await asyncio.sleep(0)
+            due = [timer for timer in loop._scheduled if not timer.cancelled()]
+            assert not [timer for timer in due if "_look" in repr(timer)]
+
+        Live().play(view, client)
+
+
+# ASGI: threads and database connections
+
+SIZE = min(32, (os.cpu_count() or 1) + 4)
+
+
+def thread_name() -> str:
+    return threading.current_thread().name
+
+
+class TestThreads:
+    def test_the_pool_is_bounded_and_nobody_deadlocks(self) -> None:
+        names: set[str] = set()
+        busy = 0
+        most = 0
+        lock = threading.Lock()
+
+        def query() -> None:
+            nonlocal busy, most
+            with lock:
+                busy += 1
+                most = max(most, busy)
+            time.sleep(0.05)
+            names.add(thread_name())
+            with lock:
+                busy -= 1
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await sync_to_async(query)()
+            await socket.send_text("answer")
+
+        async def main() -> list[list[dict[str, Any]]]:
+            application: Any = websockets(no_http)
+            drives = [Drive() for _ in range(500)]
+            async with asyncio.timeout(50):
+                await asyncio.gather(
+                    *[application(d.scope, d.receive, d.send) for d in drives]
+                )
+            return [drive.sent for drive in drives]
+
+        with override_settings(ROOT_URLCONF=urlconf(websocket("ws/", view))):
+            sent = asyncio.run(main())
+        assert all(events[1]["text"] == "answer" for events in sent)
+        assert len(names) <= SIZE and most == SIZE
+        assert django_ws._Lease.SIZE == SIZE
+        assert all(worker.holders == 0 for worker in django_ws._Lease.workers)
+        assert len(django_ws._Lease.free) == len(django_ws._Lease.workers) <= SIZE
+
+    def test_one_stretch_of_work_keeps_one_thread(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            for _ in range(3):
+                [name] = {await sync_to_async(thread_name)() for _ in range(5)}
+                assert name.startswith("django_ws")
+                held.append(socket._lease.worker.holders)
+                await socket.receive_text()
+                held.append(socket._lease.worker)
+
+        held: list[Any] = []
+        Drive(text("a"), text("b"), text("c")).run(view)
+        assert held == [1, None, 1, None, 1, None]
+
+    def test_a_view_that_never_receives_gives_its_thread_back(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert django_ws._Lease.IDLE == 5
+        monkeypatch.setattr(django_ws._Lease, "IDLE", 0.1)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            lease = socket._lease
+            start = time.monotonic()
+            await sync_to_async(time.sleep)(0.25)  # longer than IDLE: still its own
+            assert lease.worker is not None
+            for _ in range(3):  # each use starts the time anew
+                await asyncio.sleep(0.07)
+                assert lease.worker is not None
+                await sync_to_async(thread_name)()
+            while lease.worker is not None:
+                assert time.monotonic() - start < 5
+                await asyncio.sleep(0.01)
+            await sync_to_async(thread_name)()
+            assert lease.worker is not None
+
+        assert len(Drive().run(view)) == 2
+        assert all(worker.holders == 0 for worker in django_ws._Lease.workers)
+
+    def test_the_thread_is_not_taken_from_under_a_child_task(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(django_ws._Lease, "IDLE", 0.1)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            child = asyncio.create_task(sync_to_async(time.sleep)(0.3))
+            await asyncio.sleep(0.01)
+            await socket.receive_text()
+            worker = socket._lease.worker
+            assert worker is not None
+            await child
+            assert socket._lease.worker is worker
+            async with asyncio.timeout(5):
+                while socket._lease.worker is not None:
+                    await asyncio.sleep(0.01)
+
+        assert len(Drive(text("a")).run(view)) == 2
+
+    def test_other_ways_to_threads_work(self, database: None) -> None:
+        from django.contrib.auth.models import User
+        from django.db import connection
+
+        def count() -> int:
+            try:
+                return User.objects.count()
+            finally:
+                connection.close()  # nobody else does on threads that are not ours
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            expected = await User.objects.acount()
+            assert await sync_to_async(count, thread_sensitive=False)() == expected
+            assert await asyncio.to_thread(count) == expected
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(User.objects.acount()) for _ in range(5)]
+            assert {task.result() for task in tasks} == {expected}
+            users = [user async for user in User.objects.all()]
+            assert len(users) == expected
+            await sync_to_async(async_to_sync(socket.send_text))("from a thread")
+
+        assert Drive().run(view)[1]["text"] == "from a thread"
+
+
+def serve_here(view: Any, *events: Any, **scope: Any) -> Any:
+    """A coroutine that serves one connection in the caller's task."""
+    drive = Drive(*events, **scope)
+
+    async def run() -> list[dict[str, Any]]:
+        with override_settings(ROOT_URLCONF=urlconf(websocket("ws/", view))):
+            application: Any = websockets(no_http)
+            await application(drive.scope, drive.receive, drive.send)
+        return drive.sent
+
+    return run()
+
+
+async def names_of_users(socket: Any) -> None:
+    from django.contrib.auth.models import User
+
+    await socket.accept()
+    async for _ in socket:
+        names = [user.username async for user in User.objects.order_by("id")]
+        await socket.send_json([str(await socket.auser()), *names])
+
+
+class InATestCase:
+    async def test_a_socket_sees_what_is_not_committed(self) -> None:
+        from django.contrib.auth.models import User
+
+        await User.objects.filter(username__startswith="uncommitted").adelete()
+        user = await User.objects.acreate(username="uncommitted")
+        client = AsyncClient()
+        await client.aforce_login(user)
+        cookie = f"sessionid={client.cookies['sessionid'].value}".encode()
+        headers = [(b"host", b"testserver"), (b"cookie", cookie)]
+        with override_settings(MIDDLEWARE=SESSIONS):
+            for run in (lambda job: job, asyncio.create_task):
+                served = serve_here(names_of_users, text(""), GONE, headers=headers)
+                sent = await run(served)
+                assert json.loads(sent[1]["text"])[0] == "uncommitted"
+                assert "uncommitted" in json.loads(sent[1]["text"])[1:]
+        await user.adelete()
+
+
+class TestInTestCase(InATestCase, TestCase):
+    pass
+
+
+class TestInTransactionTestCase(InATestCase, TransactionTestCase):
+    def _fixture_teardown(self) -> None:
+        pass  # flush nothing: the tables serve all tests
+
+
+# On a real PostgreSQL
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[dict[str, Any]]:
+    """A real PostgreSQL of the tests' own, as an entry for DATABASES."""
+    if not importlib.util.find_spec("psycopg"):
+        missing("psycopg")
+    places = [*pathlib.Path("/usr/lib/postgresql").glob("*/bin"), None]
+    initdb = shutil.which("initdb", path=str(places[0])) or shutil.which("initdb")
+    if initdb is None:
+        missing("PostgreSQL")
+    assert initdb is not None
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    port = free_port()
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o777)
+        data = f"{directory}/data"
+        quietly: Any = {"check": True, "stdout": subprocess.DEVNULL, "cwd": directory}
+        auth = ("--auth=trust", "--username=postgres", "--no-sync")
+        subprocess.run([*user, initdb, "-D", data, *auth], **quietly)
+        program = pathlib.Path(initdb).with_name("postgres")
+        options = ("-c", "max_connections=100", "-c", "fsync=off", "-k", directory)
+        with open(f"{directory}/log", "wb") as log:
+            server = subprocess.Popen(
+                [*user, program, "-D", data, "-p", str(port), *options],
+                cwd=directory,
+                stdout=log,
+                stderr=log,
+            )
+        entry = {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": "postgres",
+            "USER": "postgres",
+            "HOST": "127.0.0.1",
+            "PORT": str(port),
+        }
+        import psycopg
+
+        def up() -> bool:
+            assert server.poll() is None, open(f"{directory}/log").read()
+            with contextlib.suppress(psycopg.OperationalError):
+                administer(entry, "SELECT 1")
+                return True
+            return False
+
+        wait_for(up, 30)
+        yield entry
+        control = pathlib.Path(initdb).with_name("pg_ctl")
+        subprocess.run([*user, control, "-D", data, "-m", "fast", "stop"], **quietly)
+        server.wait(20)
+
+
+def administer(entry: dict[str, Any], query: str) -> list[Any]:
+    """Run a query beside Django, on a connection of its own."""
+    import psycopg
+
+    address = f"host={entry['HOST']} port={entry['PORT']} user=postgres"
+    with psycopg.connect(
+        address, dbname="postgres", application_name="admin", autocommit=True
+    ) as connection:
+        return connection.execute(query).fetchall()
+
+
+OTHERS = "backend_type = 'client backend' AND application_name <> 'admin'"
+
+
+def connection_count(entry: dict[str, Any]) -> int:
+    [(count,)] = administer(
+        entry, f"SELECT count(*) FROM pg_stat_activity WHERE {OTHERS}"
+    )
+    return int(count)
+
+
+SQL_APPLICATION = """
+import asyncio, json, os, sys
+from asgiref.sync import sync_to_async
+from django.conf import settings
+settings.configure(
+    SECRET_KEY="x", ALLOWED_HOSTS=["*"], ROOT_URLCONF="sql",
+    DATABASES={"default": json.loads(os.environ["DATABASE"])},
+)
+from django.core.asgi import get_asgi_application
+from django.db import connection
+from django_ws import websocket, websockets
+
+
+def backend():
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        return cursor.fetchone()[0]
+
+
+async def asking(socket):
+    await socket.accept()
+    async for count in socket.iter_json():
+        for _ in range(count):
+            answer = await sync_to_async(backend)()
+        await socket.send_json(answer)
+
+
+async def pushing(socket):
+    await socket.accept()
+    await socket.send_json(await sync_to_async(backend)())
+    while True:
+        await asyncio.sleep(0.2)
+        await socket.send_json("tick")
+
+
+urlpatterns = [websocket("ask/", asking), websocket("push/", pushing)]
+application = websockets(get_asgi_application())
+"""
+
+
+@contextlib.contextmanager
+def sql_server(directory: pathlib.Path, entry: Any, **more: Any) -> Iterator[Process]:
+    (directory / "sql.py").write_text(SQL_APPLICATION)
+    os.environ["DATABASE"] = json.dumps({**entry, **more})
+    try:
+        with Process(directory, *UVICORN, "sql:application") as server:
+            yield server
+    finally:
+        del os.environ["DATABASE"]
+
+
+def burst(clients: list[ClientConnection], count: int) -> list[Any]:
+    """Let each client ask for `count` queries at once, and return the answers."""
+    for client in clients:
+        client.send(str(count))
+    return [json.loads(client.recv(60)) for client in clients]
+
+
+class TestPostgres:
+    def test_idle_sockets_hold_no_connection(
+        self, postgres: Any, tmp_path: pathlib.Path
+    ) -> None:
+        with sql_server(tmp_path, postgres) as server, contextlib.ExitStack() as stack:
+            asking = [stack.enter_context(server.dial("/ask/")) for _ in range(150)]
+            burst(asking, 1)
+            wait_for(lambda: connection_count(postgres) == 0)
+            pushing = [
+                stack.enter_context(server.dial("/push/", max_queue=None))
+                for _ in range(150)
+            ]
+            for client in pushing:
+                client.recv(60)
+            held = connection_count(postgres)
+            assert 0 < held <= SIZE
+            wait_for(lambda: connection_count(postgres) == 0, 8)
+            for client in pushing:
+                assert json.loads(client.recv(10)) == "tick"
+
+    @pytest.mark.parametrize("age", [0, 60])
+    def test_a_burst_holds_no_more_than_the_pool_has_threads(
+        self, postgres: Any, tmp_path: pathlib.Path, age: int
+    ) -> None:
+        most = 0
+        done = threading.Event()
+
+        def watch() -> None:
+            nonlocal most
+            while not done.is_set():
+                most = max(most, connection_count(postgres))
+
+        with sql_server(tmp_path, postgres, CONN_MAX_AGE=age) as server:
+            with contextlib.ExitStack() as stack:
+                clients = [
+                    stack.enter_context(server.dial("/ask/")) for _ in range(150)
+                ]
+                watcher = threading.Thread(target=watch)
+                watcher.start()
+                try:
+                    burst(clients, 4)
+                finally:
+                    done.set()
+                    watcher.join()
+                assert 0 < most <= SIZE
+                if age:
+                    backends = {pid for _ in range(5) for pid in burst(clients[:5], 2)}
+                    assert len(backends) <= SIZE  # reused
+                    one = {burst(clients[:1], 1)[0] for _ in range(20)}
+                    assert len(one) == 1
+                else:
+                    wait_for(lambda: connection_count(postgres) == 0)
+
+    @pytest.mark.parametrize("age", [0, 60, None])
+    def test_a_restart_of_the_database_fails_no_query(
+        self, postgres: Any, tmp_path: pathlib.Path, age: Any
+    ) -> None:
+        with sql_server(tmp_path, postgres, CONN_MAX_AGE=age) as server:
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(server.dial("/ask/")) for _ in range(20)]
+                before = set(burst(clients, 2))
+                administer(
+                    postgres,
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    f" WHERE {OTHERS}",
+                )
+                wait_for(lambda: connection_count(postgres) == 0)
+                assert not before & set(burst(clients, 1))
+        assert "Traceback" not in server.log.read_text()
+
+    def test_connections_go_back_to_psycopgs_pool(
+        self, postgres: Any, tmp_path: pathlib.Path
+    ) -> None:
+        if not importlib.util.find_spec("psycopg_pool"):
+            missing("psycopg_pool")
+        pool = {"pool": {"min_size": 1, "max_size": 2, "timeout": 5}}
+        with sql_server(tmp_path, postgres, OPTIONS=pool) as server:
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(server.dial("/ask/")) for _ in range(30)]
+                for _ in range(3):
+                    for client in clients:
+                        assert burst([client], 1)
+                assert connection_count(postgres) <= 2
 
 
 class TestEverythingElse:
@@ -2176,48 +3184,6 @@ class TestAnySequence:
 
 
 # The whole, as strangers meet it
-
-
-class Process(Site):
-    """A command that serves 127.0.0.1:port, its output in a file."""
-
-    def __init__(self, directory: pathlib.Path, *command: Any, port: int = 0) -> None:
-        self.port = port or free_port()
-        self.log = directory / f"output-{self.port}.log"
-        self.command = [str(word).format(port=self.port) for word in command]
-        self.directory = directory
-
-    def __enter__(self) -> "Process":
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=self.directory,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        wait_for(self.answers, 30)
-        return self
-
-    def answers(self) -> bool:
-        assert self.process.poll() is None, self.log.read_text()[-3000:]
-        with contextlib.suppress(OSError):
-            sockets.create_connection(("127.0.0.1", self.port)).close()
-            return True
-        return False
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
-def free_port() -> int:
-    with sockets.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-UVICORN = (sys.executable, "-m", "uvicorn", "--port", "{port}")
 
 
 def start_project(directory: pathlib.Path) -> pathlib.Path:
