@@ -39,10 +39,11 @@ from collections.abc import (
     Callable,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
 )
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial, update_wrapper
 from typing import Any, ClassVar, Literal
 
@@ -56,7 +57,10 @@ from django.conf import settings
 from django.core import signals
 from django.core.exceptions import PermissionDenied
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
-from django.core.handlers.exception import convert_exception_to_response
+from django.core.handlers.exception import (
+    convert_exception_to_response,
+    get_exception_response,
+)
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import close_old_connections, connections
 from django.http import (
@@ -72,11 +76,14 @@ from django.middleware.csrf import REASON_BAD_ORIGIN, CsrfViewMiddleware
 from django.urls import (
     ResolverMatch,
     URLPattern,
+    get_resolver,
+    get_urlconf,
     path,
     re_path,
     set_script_prefix,
     set_urlconf,
 )
+from django.utils.cache import patch_vary_headers
 from django.utils.log import log_response
 
 __all__ = [
@@ -97,7 +104,7 @@ Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 View = Callable[..., Any]
-Headers = Mapping[str, str] | Iterable[tuple[str | bytes, str | bytes]]
+Headers = Mapping[Any, str | bytes] | Iterable[tuple[str | bytes, str | bytes]]
 
 
 # The words of the wire
@@ -176,13 +183,26 @@ class InvalidMessage(Exception):
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.code = _sendable(code)
+
+
+def _sendable(code: int) -> int:
+    """Return a close code as it may stand in a close frame (RFC 6455, section 7.4)."""
+    if 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999:
+        return int(code)
+    raise ValueError(f"{code!r} is no close code that may be sent")
+
+
+def _short(reason: str) -> str:
+    """Cut a close reason to the 123 bytes that a frame takes (section 5.5)."""
+    return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
 
 
 # The socket
 
-# RFC 7230, section 3.2.6: a header's name is a token.
+# A header's name and value (RFC 9110, sections 5.1 and 5.5).
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\t -~\x80-\xff]*")
 # What the server itself writes on the answer to a handshake: ASGI reserves
 # Sec-WebSocket-Protocol ("Accept - send event"), RFC 6455 (section 4.2.2) the others,
 # and an answer with the status 101 has no body.
@@ -206,6 +226,10 @@ _encode_json = DjangoJSONEncoder(
 ).encode
 
 
+# "answering": accept() or close() has not come back from the server yet.
+_State = Literal["connecting", "answering", "open", "closed"]
+
+
 class WebSocket:
     """The server's end of one WebSocket, handed to a view as its first argument.
 
@@ -218,8 +242,10 @@ class WebSocket:
     One task at a time may receive; any number may send.
     """
 
-    #: Seconds after which a busy view is asked for: has its client left?
+    # Seconds after which it is asked whether a busy view's client has left, and those
+    # that a view has to clean up where it is not certain that it knows of the end.
     WATCH = 1.0
+    GRACE = 30.0
 
     __slots__ = (
         "scope",
@@ -234,6 +260,7 @@ class WebSocket:
         "_end",
         "_task",
         "_told",
+        "_hearer",
         "_waiting",
         "_ahead",
         "_timer",
@@ -244,13 +271,12 @@ class WebSocket:
     def __init__(
         self,
         scope: Scope,
-        request: ASGIRequest,
         receive: Receive,
         send: Send,
         lease: Any,
     ) -> None:
         self.scope = scope
-        self.request = request
+        self.request: ASGIRequest
         self._receive = receive
         self._send = send
         self._lease = lease
@@ -259,12 +285,14 @@ class WebSocket:
         self._connect: Event | None = None
         self._refuse: Callable[[Any], Awaitable[None]] | None = None
         self._headers: list[tuple[bytes, bytes]] = []
-        self._state: Literal["connecting", "open", "closed"] = "connecting"
+        self._state: _State = "connecting"
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
-        # The view's task, and whether it knows of the end: by an exception, by its own
-        # close(), or because it was cancelled.
+        # The view's task, and how it knows of the end: by an exception or its own
+        # close(), by awaiting a task that has one, or because it was cancelled.
         self._task: asyncio.Task[Any] | None = None
-        self._told: Literal["", "raised", "cancelled"] = ""
+        self._told: Literal["", "raised", "elsewhere", "cancelled"] = ""
+        # A task of the view's that learned of the end, and may be cleaning up.
+        self._hearer: asyncio.Task[Any] | None = None
         # Whether a task waits in receive(), what reads ahead where none does for
         # a second, and the timer for that second.
         self._waiting = False
@@ -330,14 +358,17 @@ class WebSocket:
             raise RuntimeError("another task is receiving from this WebSocket")
         if self._lease.worker is not None:
             self._lease.release()
-        if self._state == "connecting" and self._connect is not None:
+        if self._connect is not None:
             event, self._connect = self._connect, None
             return event
         self._waiting = True
         try:
             if self._ahead is not None:
                 await asyncio.wait([self._ahead])  # cancelling this leaves it alone
-                event, self._ahead = self._ahead.result(), None
+                ahead, self._ahead = self._ahead, None
+                if ahead.cancelled():  # the view has ended, this is a task it left
+                    raise self._disconnect()
+                event = ahead.result()
             elif self._state == "closed":
                 raise self._disconnect()
             else:
@@ -350,16 +381,21 @@ class WebSocket:
             self._left(event)
         return event
 
-    def _watch(self) -> None:
+    def _watch(self, seconds: float | None = None) -> None:
         if self._task is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self.WATCH, self._look)
+            seconds = self.WATCH if seconds is None else seconds
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
 
     def _look(self) -> None:
         """See after a view that did not wait for its client just now."""
         self._timer = None
         if self._state == "closed":
-            if not self._told and self._task is not None:
+            if self._told == "elsewhere":
+                self._told = ""
+                self._watch(self.GRACE)
+            elif self._hearer is not None and not self._hearer.done():
+                self._watch()
+            elif not self._told and self._task is not None:
                 self._told = "cancelled"
                 self._task.cancel()
         elif not self._waiting:
@@ -392,13 +428,22 @@ class WebSocket:
 
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
-        if not self._told and asyncio.current_task() is self._task:
-            self._told = "raised"
+        task = asyncio.current_task()
+        if not self._told and task is not None:
+            # asyncio.wait() and wait_for() run a coroutine of this class in a task of
+            # its own, and the task that waits there gets the exception.
+            coroutine: Any = task.get_coro()
+            if task is self._task:
+                self._told = "raised"
+            elif coroutine.__qualname__.startswith("WebSocket."):
+                self._told = "elsewhere"
+            else:
+                self._hearer = task
         return WebSocketDisconnect(*self._end)
 
     def _stop(self) -> None:
         """Leave nothing behind when the view has ended."""
-        self._task = None
+        self._task = self._hearer = None
         if self._timer is not None:
             self._timer.cancel()
         if self._ahead is not None:
@@ -422,16 +467,39 @@ class WebSocket:
             self._check(kind, event)
         try:
             await self._send(event)
-        except (OSError, RuntimeError) as error:
-            # OSError is what a server raises when the client has gone (ASGI 2.4), and
-            # RuntimeError what uvicorn raises where it closed by itself (no answer to
-            # its ping, a message too big) and `receive` has not told us yet.
-            if self._state == "connecting" and isinstance(error, RuntimeError):
-                raise
-            self._ended(CloseCode.ABNORMAL_CLOSURE, "")
-            raise self._disconnect() from error
-        if self._refuse is not None:
-            self._answered("open" if kind == "websocket.accept" else "closed")
+        except BaseException as error:
+            if isinstance(error, (OSError, RuntimeError)):
+                # OSError is what a server raises when the client has gone (ASGI 2.4),
+                # and RuntimeError what some raise where they closed by themselves (no
+                # answer to a ping, a message too big) and `receive` has not told yet.
+                self._ended(CloseCode.ABNORMAL_CLOSURE, "")
+                raise self._disconnect() from error
+            if self._state == "answering":
+                self._state = "connecting"
+            raise
+        if self._state == "answering":
+            self._answered()
+            if kind == "websocket.accept":
+                self._state = "open"
+            else:
+                self._ended(event.get("code") or 1000, event.get("reason") or "")
+
+    def _check(self, kind: str, event: Event) -> None:
+        """Let an event other than a message pass, or raise."""
+        if self._state == "closed":
+            raise self._disconnect()
+        if self._state == "answering":
+            raise RuntimeError("another task is in accept() or close(): await it first")
+        if self._state == "connecting":
+            if kind not in ("websocket.accept", "websocket.close"):
+                raise RuntimeError(f"call accept() before sending a {kind}")
+            self._state = "answering"
+        elif kind == "websocket.close":
+            self._ended(event.get("code") or 1000, event.get("reason") or "")
+        elif kind == "websocket.accept":
+            raise RuntimeError("accept() was called before")
+        else:
+            raise RuntimeError(f"{kind!r} is no event that can be sent")
 
     def _handshake(
         self,
@@ -441,20 +509,8 @@ class WebSocket:
     ) -> None:
         self._connect, self._refuse, self._headers = connect, refuse, headers
 
-    def _answered(self, state: Literal["open", "closed"]) -> None:
-        self._state, self._connect, self._refuse, self._headers = state, None, None, []
-
-    def _check(self, kind: str, event: Event) -> None:
-        """Let an event other than a message pass, or raise."""
-        if self._state == "closed":
-            raise self._disconnect()
-        if kind == "websocket.close":
-            self._ended(event.get("code") or 1000, event.get("reason") or "")
-        elif self._state == "connecting":
-            if kind != "websocket.accept":
-                raise RuntimeError(f"call accept() before sending a {kind}")
-        else:
-            raise RuntimeError(f"{kind} is out of turn: accept() was called before")
+    def _answered(self) -> None:
+        self._connect, self._refuse, self._headers = None, None, []
 
     async def accept(
         self, subprotocol: str | None = None, headers: Headers = ()
@@ -483,8 +539,13 @@ class WebSocket:
         for pair in pairs:
             # Django's own rules for a header: no line breaks, ASCII, latin-1.
             for name, value in ResponseHeaders(dict([pair])).items():
-                if not _TOKEN.fullmatch(name) or _SERVERS_OWN.fullmatch(name):
-                    raise ValueError(f"accept() cannot send a header {name!r}")
+                value = value.strip(" \t")
+                if (
+                    not _TOKEN.fullmatch(name)
+                    or not _VALUE.fullmatch(value)
+                    or _SERVERS_OWN.fullmatch(name)
+                ):
+                    raise ValueError(f"accept() cannot send the header {name!r}")
                 added.append((name.lower().encode("ascii"), value.encode("latin-1")))
         await self.send(
             {
@@ -508,18 +569,22 @@ class WebSocket:
         nothing sent.
         Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close - send event".
         """
-        if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-            raise ValueError(f"{code!r} is no close code that may be sent")
+        code = _sendable(code)
         if len(reason.encode()) > 123:
             raise ValueError("a close reason has at most 123 bytes of UTF-8")
         if self._state == "connecting" and self._refuse is not None:
-            refuse = self._refuse
+            self._state = "answering"
+            try:
+                await self._refuse(None)
+            except BaseException:
+                if self._state == "answering":
+                    self._state = "connecting"
+                raise
             self._ended(code, reason)
-            await refuse(PermissionDenied("refused by its view"))
-        elif self._state == "open":
+        elif self._state != "closed":
             with suppress(WebSocketDisconnect):
                 await self.send(
-                    {"type": SendEvent.CLOSE, "code": int(code), "reason": reason}
+                    {"type": SendEvent.CLOSE, "code": code, "reason": reason}
                 )
 
     def _unexpected(self, expected: str) -> Exception:
@@ -529,7 +594,7 @@ class WebSocket:
         return InvalidMessage(CloseCode.UNSUPPORTED_DATA, f"{expected} expected")
 
     async def _receive_message(self) -> str | bytes:
-        if self._state == "connecting":
+        if self._state not in ("open", "closed"):
             raise RuntimeError("call accept() before receiving messages")
         event = await self.receive()
         message: str | bytes | None = event.get("text")
@@ -548,7 +613,7 @@ class WebSocket:
         (1003) when the message is binary; `RuntimeError` before `accept()`.
         Source: RFC 6455, section 5.6.
         """
-        if self._state == "connecting":
+        if self._state not in ("open", "closed"):
             raise RuntimeError("call accept() before receive_text()")
         text: str | None = (await self.receive()).get("text")
         if text is None:
@@ -564,7 +629,7 @@ class WebSocket:
         (1003) when the message is text; `RuntimeError` before `accept()`.
         Source: RFC 6455, section 5.6.
         """
-        if self._state == "connecting":
+        if self._state not in ("open", "closed"):
             raise RuntimeError("call accept() before receive_bytes()")
         data: bytes | None = (await self.receive()).get("bytes")
         if data is None:
@@ -702,12 +767,12 @@ def _refuse_origin(request: HttpRequest) -> HttpResponse | None:
 
 def _handshake_view(view: View) -> Callable[..., HttpResponse]:
     """Make the ordinary, synchronous Django view that stands for a socket view."""
-    target = view
-    while isinstance(target, partial):
-        target = target.func
-    target = inspect.unwrap(target)
+    target: Any = view
+    while isinstance(target, partial) or hasattr(target, "__wrapped__"):
+        target = target.func if isinstance(target, partial) else target.__wrapped__
     if not (iscoroutinefunction(target) or iscoroutinefunction(view)):
-        if not iscoroutinefunction(getattr(target, "__call__", None)):
+        called = getattr(target, "__call__", None)
+        if isinstance(target, type) or not iscoroutinefunction(called):
             name = getattr(target, "__qualname__", repr(target))
             raise TypeError(
                 f"a WebSocket view is asynchronous: write 'async def' for {name}, "
@@ -715,14 +780,14 @@ def _handshake_view(view: View) -> Callable[..., HttpResponse]:
                 "'async def get(self, socket)', and pass View.as_view()"
             )
 
-    def handshake(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+    def handshake(request: HttpRequest, /, *args: Any, **kwargs: Any) -> HttpResponse:
         if not _is_handshake(request):
             return _upgrade_required(request)
         request.get_host()  # ALLOWED_HOSTS, also where no middleware asks
         refusal = None
         if not getattr(handshake, "csrf_exempt", False):
             refusal = _refuse_origin(request)
-        return refusal or _SwitchingProtocols(view, args, kwargs)
+        return refusal or _SwitchingProtocols(request, view, args, kwargs)
 
     update_wrapper(handshake, view, updated=())
     for name, value in vars(view).items() if hasattr(view, "__dict__") else ():
@@ -751,7 +816,8 @@ def _upgrade_required(request: HttpRequest) -> HttpResponse:
         response["Connection"] = "Upgrade"
         response["Upgrade"] = "websocket"
     # A proxy that does not pass the hop-by-hop Upgrade on still passes the key.
-    if "Sec-WebSocket-Key" in request.headers or "Upgrade" in request.headers:
+    asked = request.headers.get("Upgrade", "").lower() == "websocket"
+    if asked or "Sec-WebSocket-Key" in request.headers:
         log_response(
             "The WebSocket handshake for %s arrived as plain HTTP: the server, or "
             "a proxy in front of it, lacks WebSocket support. Install "
@@ -815,6 +881,17 @@ def _reconnect() -> None:
         # query: a WebSocket cannot be asked again as a browser asks for a page.
         connection.errors_occurred = True
         connection.close_if_unusable_or_obsolete()
+
+
+def _give_back() -> None:
+    """Close this thread's old database connections, and forget what was set on them.
+
+    Middleware of many tenants sets the tenant there; the next socket's is another.
+    """
+    close_old_connections()
+    for connection in connections.all(initialized_only=True):
+        if connection.connection is None:
+            del connections[connection.alias]
 
 
 class _Lease(Executor):
@@ -882,7 +959,7 @@ class _Lease(Executor):
             if not self.worker.holders:
                 self.free.append(self.worker)
                 if not clean:
-                    self.worker.submit(close_old_connections)
+                    self.worker.submit(_give_back)
         self.worker = self.last = self.timer = None
 
 
@@ -897,6 +974,25 @@ def _without_disconnect(error: Exception) -> Exception | None:
         while isinstance(rest, ExceptionGroup) and len(rest.exceptions) == 1:
             rest = rest.exceptions[0]
     return None if isinstance(rest, WebSocketDisconnect) else rest
+
+
+@contextmanager
+def _request_signals(lease: _Lease) -> Iterator[None]:
+    """Let request_started and request_finished close this thread's old connections.
+
+    But not those of a TestCase, in whose thread and transaction its sockets run:
+    Django's own test client takes the same care.
+    """
+    both = (signals.request_started, signals.request_finished)
+    if lease.worker is None:
+        for signal in both:
+            signal.disconnect(close_old_connections)
+    try:
+        yield
+    finally:
+        if lease.worker is None:
+            for signal in both:
+                signal.connect(close_old_connections)
 
 
 class WebSocketHandler(ASGIHandler):
@@ -926,33 +1022,17 @@ class WebSocketHandler(ASGIHandler):
         SyncToAsync.context_to_thread_executor[context] = lease
         token = SyncToAsync.thread_sensitive_context.set(context)
         try:
-            await self.serve(scope, receive, send, connect, lease)
+            await self.serve(WebSocket(scope, receive, send, lease), connect)
         finally:
             SyncToAsync.thread_sensitive_context.reset(token)
             lease.release()
 
-    async def serve(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        connect: Event,
-        lease: _Lease,
-    ) -> None:
+    async def serve(self, socket: WebSocket, connect: Event) -> None:
         """Run the handshake and the view of one connection."""
-        # What a handshake is to Django: a GET, over http or https.
-        scheme = "https" if scope.get("scheme") == "wss" else "http"
-        request, malformed = self.create_request(
-            {**scope, "method": "GET", "scheme": scheme}, io.BytesIO()
-        )
-        if request is None:  # no UTF-8 in the query string
-            return await self.refuse(malformed, scope, send)
-        socket = WebSocket(scope, request, receive, send, lease)
         response = await sync_to_async(self.start)(socket)
         if not isinstance(response, _SwitchingProtocols):
-            return await self.refuse(response, scope, send)
-        lease.release(clean=True)
-
+            return await self.refuse(socket, response)
+        socket._lease.release(clean=True)
         headers = [
             (name.lower(), value)
             for name, value in (await self.encode(response))[0]["headers"]
@@ -967,13 +1047,13 @@ class WebSocketHandler(ASGIHandler):
         if socket._refuse is None:
             await socket.close()
         elif socket._state == "closed":
-            socket._answered("closed")
             # The client left during the handshake; uvicorn logs an error where it gets
             # no answer even so.
+            socket._answered()
             with suppress(OSError, RuntimeError):
-                await send({"type": SendEvent.CLOSE})
+                await socket._send({"type": SendEvent.CLOSE})
         else:
-            await socket._refuse(result or PermissionDenied("its view did not accept"))
+            await socket._refuse(result)
 
     async def run_view(self, socket: WebSocket, result: Any) -> Any:
         """Await a view; return what refuses the handshake where it did not accept."""
@@ -1003,20 +1083,28 @@ class WebSocketHandler(ASGIHandler):
         self, socket: WebSocket, handshake: HttpResponse, result: Any
     ) -> None:
         """Refuse for what a view returned or raised before accept()."""
-        socket._answered("closed")
         get_refusal = sync_to_async(self.get_refusal)
-        response = await get_refusal(socket.request, result, handshake)
-        await self.refuse(response, socket.scope, socket._send)
+        response = await get_refusal(socket, result, handshake)
+        await self.refuse(socket, response)
+        socket._answered()
 
     def start(self, socket: WebSocket) -> Any:
         """Do all of a handshake that is synchronous; it runs in a worker thread."""
-        request = socket.request
-        set_script_prefix(get_script_prefix(request.scope))
-        signals.request_started.send(sender=self.__class__, scope=request.scope)
-        response: Any = self.get_response(request)
-        response._handler_class = self.__class__
-        if isinstance(response, _SwitchingProtocols):
-            view, args, kwargs = response.call
+        # What a handshake is to Django: a GET, over http or https.
+        scheme = "https" if socket.scope.get("scheme") == "wss" else "http"
+        scope = {**socket.scope, "method": "GET", "scheme": scheme}
+        set_script_prefix(get_script_prefix(scope))
+        with _request_signals(socket._lease):
+            signals.request_started.send(sender=self.__class__, scope=scope)
+            request, response = self.create_request(scope, io.BytesIO())
+            if request is not None:  # else the query string is no UTF-8
+                socket.request = request
+                response = self.get_response(request)
+            setattr(response, "_handler_class", self.__class__)
+            if not isinstance(response, _SwitchingProtocols):
+                return response
+            # Middleware may have handed on a request of its own.
+            socket.request, view, args, kwargs = response.call
             try:
                 # For an `async def` this only makes the coroutine. The synchronous
                 # part of others (dispatch() of a class-based view with
@@ -1026,15 +1114,20 @@ class WebSocketHandler(ASGIHandler):
                 response.result = error
             # The request is finished where the socket begins (signal request_finished).
             response.close()
-            set_urlconf(getattr(request, "urlconf", None))
+        if socket._lease.worker is not None:
+            _give_back()
+        set_urlconf(getattr(socket.request, "urlconf", None))
         return response
 
     def get_refusal(
-        self, request: ASGIRequest, result: Any, handshake: HttpResponse
+        self, socket: WebSocket, result: Any, handshake: HttpResponse
     ) -> Any:
         """Return the response to what a view returned or raised before accept()."""
 
         def get_response(request: HttpRequest) -> Any:
+            if result is None:
+                urls, error = get_resolver(get_urlconf()), PermissionDenied()
+                return get_exception_response(request, urls, 403, error)
             if isinstance(result, Exception):
                 response = self.process_exception_by_middleware(result, request)
                 if response is None:
@@ -1048,11 +1141,17 @@ class WebSocketHandler(ASGIHandler):
             render = getattr(result, "render", None)
             return render() if callable(render) else result
 
+        request = socket.request
+        with _request_signals(socket._lease):
+            signals.request_started.send(sender=self.__class__, scope=request.scope)
         response: Any = convert_exception_to_response(get_response)(request)
         response._handler_class = self.__class__
         response._resource_closers.append(request.close)
         for name, value in handshake.items():
-            response.headers.setdefault(name, value)
+            if name == "Vary":
+                patch_vary_headers(response, value.split(", "))
+            elif name not in ("Content-Type", "Content-Length", "ETag"):
+                response.headers.setdefault(name, value)
         for name, cookie in handshake.cookies.items():
             response.cookies.setdefault(name, cookie)
         if response.status_code >= 400:
@@ -1063,6 +1162,8 @@ class WebSocketHandler(ASGIHandler):
                 response=response,
                 request=request,
             )
+        if isinstance(result, Exception):
+            result.__traceback__ = None  # it holds this frame, which holds it
         return response
 
     async def handle_exception(
@@ -1073,7 +1174,7 @@ class WebSocketHandler(ASGIHandler):
         if rest is None or socket._state == "connecting":
             return rest
         if isinstance(rest, InvalidMessage):  # the client's fault: nothing to log
-            await socket.close(rest.code, str(rest))
+            await socket.close(rest.code, _short(str(rest)))
             return None
         if settings.DEBUG_PROPAGATE_EXCEPTIONS:
             raise rest
@@ -1082,7 +1183,7 @@ class WebSocketHandler(ASGIHandler):
         denied = isinstance(rest, PermissionDenied)
         await socket.close(
             CloseCode.POLICY_VIOLATION if denied else CloseCode.INTERNAL_ERROR,
-            reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore"),
+            _short(reason),
         )
         return None
 
@@ -1108,7 +1209,7 @@ class WebSocketHandler(ASGIHandler):
         await self.send_response(response, send)
         return events
 
-    async def refuse(self, response: Any, scope: Scope, send: Send) -> None:
+    async def refuse(self, socket: WebSocket, response: Any) -> None:
         """Answer a handshake by an HTTP response that is not 101.
 
         By ASGI's extension "WebSocket Denial Response"; a server without it makes
@@ -1116,7 +1217,7 @@ class WebSocketHandler(ASGIHandler):
         """
         try:
             events: list[Event] = [{"type": SendEvent.CLOSE}]
-            if "websocket.http.response" in (scope.get("extensions") or ()):
+            if "websocket.http.response" in (socket.scope.get("extensions") or ()):
                 # Complete before it starts, and in one piece: uvicorn's older
                 # implementation sends what it has when the event loop turns.
                 start, *parts = await self.encode(response)
@@ -1125,14 +1226,19 @@ class WebSocketHandler(ASGIHandler):
                     {**start, "type": "websocket.http.response.start"},
                     {"type": "websocket.http.response.body", "body": body},
                 ]
-            with suppress(OSError):  # the client has gone
+            with suppress(OSError, RuntimeError):  # the client has gone
                 for event in events:
-                    await send(event)
+                    await socket._send(event)
         finally:
-            await sync_to_async(response.close)()
+
+            def close() -> None:
+                with _request_signals(socket._lease):
+                    response.close()
+
+            await sync_to_async(close)()
 
 
-def websockets(app: Application) -> Application:
+def websockets(app: Application) -> Any:
     """Serve WebSockets by Django, and everything else by `app` (ASGI applications).
 
     Wrap what `get_asgi_application()` returned. Each handshake passes

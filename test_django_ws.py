@@ -8,10 +8,12 @@ with Chromium) skip and say why; with CI=true in the environment they fail inste
 
 import asyncio
 import contextlib
+import copy
 import datetime
 import decimal
 import enum
 import functools
+import gc
 import http.client
 import importlib
 import importlib.util
@@ -21,6 +23,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket as sockets
 import struct
 import subprocess
@@ -248,7 +251,11 @@ class Process(Site):
 
     def __exit__(self, *exc_info: Any) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:  # shutting down has tests of its own
+            self.process.kill()
+            self.process.wait()
 
 
 def free_port() -> int:
@@ -406,6 +413,8 @@ class TestErrors:
     def test_invalid_message_carries_its_close_code(self) -> None:
         error = InvalidMessage(1007, "JSON was expected")
         assert (error.code, str(error)) == (1007, "JSON was expected")
+        with pytest.raises(ValueError, match="400 is no close code"):
+            InvalidMessage(400, "as in HTTP")
 
 
 # The socket
@@ -443,6 +452,31 @@ class TestAccept:
         sent = Drive().run(view)
         assert sent[0]["headers"] == [(b"x-one", b"1"), (b"x-two", b"\xe9")]
 
+    def test_space_around_a_value_is_no_part_of_it(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept(headers={"X-One": " a b\t"})
+
+        assert Drive().run(view)[0]["headers"] == [(b"x-one", b"a b")]
+
+    @pytest.mark.parametrize("second", ["accept", "close", "send_text"])
+    def test_two_tasks_cannot_answer_one_handshake(self, second: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            first = asyncio.create_task(socket.accept())
+            await asyncio.sleep(0)
+            arguments = ["x"] if second == "send_text" else []
+            with pytest.raises(RuntimeError, match="another task is in accept"):
+                await getattr(socket, second)(*arguments)
+            await first
+
+        class Slow(Drive):
+            async def send(self, event: dict[str, Any]) -> None:
+                await asyncio.sleep(0.01)
+                await super().send(event)
+
+        drive = Slow()
+        drive.run(view)
+        assert drive.types == ["websocket.accept", "websocket.close"]
+
     def test_a_header_may_come_twice(self) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.accept(headers=[("X-One", "1"), ("X-One", "2")])
@@ -457,15 +491,17 @@ class TestAccept:
             ({"headers": {"X-One": "a\nb"}}, "newlines"),
             ({"headers": {"X-One\r\nX-Two": "b"}}, "newlines"),
             ({"headers": [(b"X-One", b"a\rb")]}, "newlines"),
-            ({"headers": {"": "a"}}, "cannot send a header ''"),
-            ({"headers": {"X One": "a"}}, "cannot send a header 'X One'"),
-            ({"headers": {":status": "a"}}, "cannot send a header ':status'"),
-            ({"headers": {"Sec-WebSocket-Protocol": "chat"}}, "cannot send a header"),
-            ({"headers": {"sec-websocket-accept": "x"}}, "cannot send a header"),
-            ({"headers": {"Connection": "close"}}, "cannot send a header"),
-            ({"headers": {"UPGRADE": "h2c"}}, "cannot send a header"),
-            ({"headers": {"Content-Length": "5"}}, "cannot send a header"),
-            ({"headers": {"Transfer-Encoding": "chunked"}}, "cannot send a header"),
+            ({"headers": {"": "a"}}, "cannot send the header ''"),
+            ({"headers": {"X One": "a"}}, "cannot send the header 'X One'"),
+            ({"headers": {":status": "a"}}, "cannot send the header ':status'"),
+            ({"headers": {"Sec-WebSocket-Protocol": "chat"}}, "cannot send the header"),
+            ({"headers": {"sec-websocket-accept": "x"}}, "cannot send the header"),
+            ({"headers": {"Connection": "close"}}, "cannot send the header"),
+            ({"headers": {"UPGRADE": "h2c"}}, "cannot send the header"),
+            ({"headers": {"Content-Length": "5"}}, "cannot send the header"),
+            ({"headers": {"Transfer-Encoding": "chunked"}}, "cannot send the header"),
+            ({"headers": {"X-One": "a\0b"}}, "cannot send the header 'X-One'"),
+            ({"headers": {"X-One": b"a\x7fb"}}, "cannot send the header 'X-One'"),
         ],
     )
     def test_misuse_is_a_value_error_and_the_socket_stays_usable(
@@ -495,8 +531,8 @@ class TestAccept:
 
     def test_a_server_that_refuses_the_event_leaves_the_socket_as_it_was(self) -> None:
         async def view(socket: WebSocket) -> None:
-            drive.error = RuntimeError("no")
-            with pytest.raises(RuntimeError, match="no"):
+            drive.error = ValueError("no")
+            with pytest.raises(ValueError, match="no"):
                 await socket.accept()
             drive.error = None
             await socket.accept()
@@ -737,7 +773,7 @@ class TestEvents:
                 await socket.send({"type": event})
             await socket.accept()
             if event != "websocket.send":
-                with pytest.raises(RuntimeError, match="out of turn"):
+                with pytest.raises(RuntimeError, match="no event that can be sent"):
                     await socket.send({"type": event})
 
         drive = Drive()
@@ -1118,6 +1154,7 @@ class TestRoutes:
             (functools.partial(passing(accepting), a=1), [[], {"a": 1}]),
             (AsyncCallable(), "object"),
             (functools.partial(AsyncCallable()), "object"),
+            (passing(functools.partial(AsyncCallable())), "object"),
             (AsyncCallable().__call__, "object"),
             (Accepting.as_view(), ["hello", {}]),
             (Accepting.as_view(greeting="hi"), ["hi", {}]),
@@ -1134,6 +1171,7 @@ class TestRoutes:
             lambda socket: None,
             functools.partial(lambda socket: None),
             Accepting,
+            AsyncCallable,
             Synchronous.as_view(),
             object(),
             "views.chat",
@@ -1151,6 +1189,16 @@ class TestRoutes:
 
         with pytest.raises(TypeError, match="chat"):
             websocket("ws/", chat)
+
+    def test_any_name_of_an_argument(self) -> None:
+        async def view(socket: WebSocket, request: str, view: str) -> None:
+            await socket.accept()
+            await socket.send_json([request, view])
+
+        assert first_message(websocket("<request>/<view>/", view), "/a/b/") == [
+            "a",
+            "b",
+        ]
 
     def test_a_class_without_get_is_a_405(self) -> None:
         class Posting(View):
@@ -1234,6 +1282,26 @@ def both_ways(get_response: Any) -> Any:
 
     def middleware(request: HttpRequest) -> Any:
         setattr(request, "synchronous", not iscoroutinefunction(get_response))
+        return get_response(request)
+
+    return middleware
+
+
+def replacing(get_response: Any) -> Any:
+    def middleware(request: HttpRequest) -> Any:
+        request = copy.copy(request)
+        setattr(request, "tenant", "blue")
+        return get_response(request)
+
+    return middleware
+
+
+def tenants(get_response: Any) -> Any:
+    def middleware(request: HttpRequest) -> Any:
+        from django.db import connection
+
+        connection.ensure_connection()
+        setattr(connection, "tenant", request.GET["tenant"])
         return get_response(request)
 
     return middleware
@@ -1511,6 +1579,32 @@ class TestHandshake:
             assert server.get("/page/").body == b"page"
             assert ran == ["/page/"]
 
+    def test_the_socket_has_the_request_that_the_middleware_handed_on(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json(socket.tenant)
+
+        pattern = websocket("ws/", view)
+        middleware = [f"{__name__}.replacing"]
+        assert first_message(pattern, "/ws/", MIDDLEWARE=middleware) == "blue"
+
+    def test_what_middleware_sets_on_a_connection_reaches_no_other_socket(self) -> None:
+        """As middleware for many tenants does; the view must set it by itself."""
+        tenants: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            tenant = sync_to_async(lambda: getattr(connection, "tenant", None))
+            tenants.append(await tenant())
+
+        from django.db import connection
+
+        for tenant in ("red", "blue"):
+            query = f"tenant={tenant}".encode()
+            drive = Drive(query_string=query)
+            drive.run(view, MIDDLEWARE=[f"{__name__}.tenants"])
+        assert tenants == [None, None]
+
     def test_a_query_string_that_is_no_utf8_is_a_400(self) -> None:
         drive = Drive(query_string=b"a=\xff")
         drive.run(accepting)
@@ -1540,6 +1634,12 @@ class TestHandshake:
             got.clear()
             Drive(path="/nowhere/").run(view)
             assert got == ["started", "finished"]
+            got.clear()
+            Drive(query_string=b"\xff").run(view)
+            assert got == ["started", "finished"]
+            got.clear()
+            Drive().run(closing)
+            assert got == ["started", "finished"] * 2  # handshake and refusal
         finally:
             signals.request_started.disconnect(started)
             signals.request_finished.disconnect(finished)
@@ -1593,6 +1693,12 @@ class TestPlainHttp:
         # wsgiref's server fails an assertion, a 500, on hop-by-hop headers.
         assert response.status == 426
         assert "Upgrade" not in response.headers
+
+    def test_other_upgrades_are_no_handshake(self, caplog: Any) -> None:
+        with serve(accepting, ws="none") as server:
+            headers = {"Connection": "Upgrade", "Upgrade": "h2c"}
+            assert server.get("/ws/", **headers).status == 426
+        assert "lacks WebSocket support" not in caplog.text
 
     @pytest.mark.parametrize(
         "headers",
@@ -1857,6 +1963,30 @@ class TestBeforeAccept:
         assert response.status == status
         assert body in response.body
 
+    def test_it_passes_by_the_middleware_of_startproject(
+        self, ws: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """CommonMiddleware puts a Content-Length on the handshake's empty response."""
+        middleware = [
+            "django.middleware.security.SecurityMiddleware",
+            *SESSIONS[:1],
+            "django.middleware.locale.LocaleMiddleware",
+            COMMON,
+            "django.middleware.csrf.CsrfViewMiddleware",
+            *SESSIONS[1:],
+            "django.middleware.clickjacking.XFrameOptionsMiddleware",
+        ]
+
+        def varying(socket: WebSocket) -> HttpResponse:
+            return HttpResponse("a page", status=402, headers={"Vary": "X-Own"})
+
+        with serve(returning(varying), ws=ws, MIDDLEWARE=middleware) as server:
+            response = server.handshake()
+        assert (response.status, response.body) == (402, b"a page")
+        assert response.headers["X-Frame-Options"] == "DENY"
+        assert response.headers["Vary"] == "X-Own, Accept-Language"
+        assert "LocalProtocolError" not in caplog.text
+
     def test_headers_and_cookies_go_out_too(self, ws: str) -> None:
         with serve(returning(with_everything), ws=ws) as server:
             headers = server.handshake().headers
@@ -1930,6 +2060,52 @@ class TestBeforeAccept:
         if isinstance(error, ValueError):
             assert record.exc_info[1] is error
 
+    def test_a_refusal_without_an_exception_has_no_traceback(self, caplog: Any) -> None:
+        for view in (closing, just_returning):
+            Drive().run(view)
+            [record] = caplog.records
+            assert record.getMessage() == "Forbidden: /ws/"
+            assert record.levelname == "WARNING" and not record.exc_info
+            caplog.clear()
+
+    def test_a_refusal_that_was_cancelled_is_made_up_for(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await socket.close()
+
+        drive = Drive()
+        drive.run(view)
+        assert drive.status == 403
+
+    def test_a_refused_exception_leaves_no_reference_cycle(self) -> None:
+        class Precious(Exception):
+            pass
+
+        async def view(socket: WebSocket) -> None:
+            raise Precious
+
+        gc.collect()
+        gc.disable()
+        try:
+            logging.disable(logging.CRITICAL)
+            Drive().run(view)
+            assert not [o for o in gc.get_objects() if type(o) is Precious]
+        finally:
+            logging.disable(logging.NOTSET)
+            gc.enable()
+
+    @pytest.mark.parametrize("error", [OSError(), RuntimeError("flow error")])
+    def test_a_client_that_left_before_the_refusal(
+        self, error: Exception, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Left(Drive):
+            async def send(self, event: dict[str, Any]) -> None:
+                raise error
+
+        Left().run(closing)
+        assert [record.getMessage() for record in caplog.records] == ["Forbidden: /ws/"]
+
     def test_closing_again_after_a_refusal_does_nothing(self) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.close()
@@ -1963,6 +2139,7 @@ class TestAfterAccept:
             (ValueError("é" * 100), 1011, "ValueError: " + "é" * 55),
             (ValueError("\ud800"), 1011, "ValueError: ?"),
             (InvalidMessage(1007, "odd"), 1007, "odd"),
+            (InvalidMessage(1003, "x" * 200), 1003, "x" * 123),
             (ExceptionGroup("g", [ValueError("a")]), 1011, "ValueError: a"),
         ],
     )
@@ -1971,7 +2148,7 @@ class TestAfterAccept:
         self, error: Exception, code: int, reason: str, debug: bool
     ) -> None:
         sent = Drive().run(raising(error, accept=True), DEBUG=debug)
-        if not (debug or code == 1007):
+        if not (debug or code in (1003, 1007)):
             reason = ""
         assert sent[1] == {"type": "websocket.close", "code": code, "reason": reason}
 
@@ -2440,7 +2617,67 @@ class TestGoneIsGone:
         assert live.task.exception() is None and not live.task.cancelling()
         assert quiet(caplog)
 
-    def test_a_child_task_left_behind_hears_of_the_end(self, quick: None) -> None:
+    @pytest.mark.parametrize("how", ["wait", "wait_for", "close"])
+    def test_a_view_that_waits_for_a_task_that_receives_may_clean_up(
+        self, quick: None, how: str
+    ) -> None:
+        steps: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                if how == "wait":
+                    task = asyncio.create_task(socket.receive_text())
+                    await asyncio.wait([task])
+                    task.result()
+                elif how == "wait_for":
+                    await asyncio.wait_for(socket.receive_text(), 10)
+                else:
+                    await asyncio.create_task(socket.close())
+            except WebSocketDisconnect:
+                pass
+            await asyncio.sleep(0.2)
+            steps.append("saved")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert steps == ["saved"]
+
+    def test_so_may_the_task_itself(self, quick: None) -> None:
+        steps: list[str] = []
+
+        async def reader(socket: WebSocket) -> None:
+            async for _ in socket:
+                pass
+            await asyncio.sleep(0.2)
+            steps.append("saved")
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(reader(socket))
+                    group.create_task(asyncio.sleep(3600))
+            finally:
+                steps.append("ended")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert steps == ["saved", "ended"]
+
+    def test_a_task_left_behind_does_not_keep_the_view(
+        self, quick: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert WebSocket.GRACE == 30
+        monkeypatch.setattr(WebSocket, "GRACE", 0.1)
+        steps: list[str] = []
+
         async def view(socket: WebSocket) -> None:
             await socket.accept()
             task = asyncio.create_task(socket.receive_text())
@@ -2449,17 +2686,89 @@ class TestGoneIsGone:
             finally:
                 with pytest.raises(WebSocketDisconnect):
                     await task
-                told.append("child")
-
-        told: list[str] = []
+                steps.append("child")
 
         async def client(live: Live) -> None:
             await live.until(lambda: live.sent)
-            await asyncio.sleep(0.01)
             live.queue.put_nowait(GONE)
 
         Live().play(view, client)
-        assert told == ["child"]
+        assert steps == ["child"]
+
+    def test_a_task_that_outlives_its_view_hears_of_the_end(self, quick: None) -> None:
+        tasks: list[asyncio.Task[str]] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(0.1)  # it is read ahead
+            tasks.append(asyncio.create_task(socket.receive_text()))
+            await asyncio.sleep(0.01)
+
+        async def client(live: Live) -> None:
+            await asyncio.wait([live.task])
+            with pytest.raises(WebSocketDisconnect):
+                await tasks[0]
+
+        Live().play(view, client)
+
+    @pytest.mark.parametrize("raised", ["view", "group"])
+    def test_an_error_is_reported_though_the_client_leaves_meanwhile(
+        self, quick: None, raised: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class SlowHandler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                time.sleep(0.2)  # a mail server, say
+
+        async def failing() -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                raise ValueError("a bug")
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            if raised == "view":
+                raise ValueError("a bug")
+            async with asyncio.TaskGroup() as group:
+                group.create_task(failing())
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            live.queue.put_nowait(GONE)
+
+        logger = logging.getLogger("django.request")
+        handler = SlowHandler()
+        logger.addHandler(handler)
+        live = Live()
+        try:
+            live.play(view, client)
+        finally:
+            logger.removeHandler(handler)
+        assert live.task.exception() is None and not live.task.cancelling()
+        [record] = [r for r in caplog.records if r.name == "django.request"]
+        assert record.exc_info and str(record.exc_info[1]) == "a bug"
+
+    def test_a_view_that_listens_in_between_is_watched_on(self, quick: None) -> None:
+        """A heartbeat: receive for a while, then do something else, and again."""
+        steps: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await socket.receive_text()
+            steps.append("timeout")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                steps.append("cancelled")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: steps)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert steps == ["timeout", "cancelled"]
 
 
 class TestMessagesOfABusyView:
@@ -2672,7 +2981,7 @@ class TestMessagesOfABusyView:
             await asyncio.sleep(0.1)
             assert socket._ahead is not None and socket._timer is None
             assert await socket.receive_text() == "a"
-            assert socket._ahead is None and socket._timer is not None
+            assert socket._timer is not None
 
         async def client(live: Live) -> None:
             await asyncio.sleep(0.15)
@@ -3083,6 +3392,511 @@ class TestPostgres:
                     for client in clients:
                         assert burst([client], 1)
                 assert connection_count(postgres) <= 2
+
+
+# Over time, and from outside
+
+
+def open_raw(port: int, path: str = "/ws/") -> sockets.socket:
+    """Open a WebSocket by hand and return its socket after the server's answer."""
+    raw = sockets.create_connection(("127.0.0.1", port))
+    raw.sendall(HANDSHAKE.replace(b"/ws/", path.encode()))
+    raw.recv(1000)
+    return raw
+
+
+def frame(opcode: int, data: bytes) -> bytes:
+    """A client's frame, masked with zeros (RFC 6455, section 5.2)."""
+    return bytes([0x80 | opcode, 0x80 | len(data), 0, 0, 0, 0]) + data
+
+
+class TestSoak:
+    def test_ten_thousand_connections_leave_nothing_behind(self) -> None:
+        loops: list[asyncio.AbstractEventLoop] = []
+
+        async def ending(socket: WebSocket, how: str) -> Any:
+            loops[:] = [asyncio.get_running_loop()]
+            if how == "returned":
+                return HttpResponse(status=401)
+            if how == "denied":
+                raise PermissionDenied
+            await socket.accept()
+            message = await socket.receive_text()
+            if how == "query":
+                await sync_to_async(int)(5)
+            elif how == "bad":
+                await socket.receive_bytes()
+            elif how == "error":
+                raise ValueError(message)
+            elif how == "close":
+                await socket.close(4000)
+                await socket.close(4001)
+            elif how == "asleep":
+                await asyncio.sleep(3600)
+            elif how == "group":
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(asyncio.sleep(3600))
+                    group.create_task(socket.receive_text())
+            elif how == "gone":
+                async for _ in socket:
+                    pass
+            return None
+
+        ways = (
+            *("returned", "denied", "query", "bad", "error", "close", "group"),
+            *("gone", "leave", "nowhere/at/all"),
+        )
+
+        def connect(how: str, count: int) -> None:
+            with open_raw(server.port, f"/ws/{how}/") as raw:
+                if how in ("returned", "denied", "nowhere/at/all"):
+                    return
+                raw.sendall(frame(1, b"hi"))
+                if how == "bad":
+                    raw.sendall(frame(1, b"hi"))
+                if count % 3 == 0:
+                    raw.sendall(frame(8, b"\x03\xe8"))  # close 1000
+                elif count % 3 == 1:
+                    linger = struct.pack("ii", 1, 0)  # reset
+                    raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, linger)
+
+        def census() -> tuple[int, int, int]:
+            [loop] = loops
+
+            def tasks() -> int:
+                return len(asyncio.all_tasks(loop))
+
+            # The server's own, and what is still ending.
+            wait_for(
+                lambda: tasks() <= 1 and len(server.uvicorn.server_state.tasks) == 0
+            )
+            wait_for(lambda: not server.uvicorn.server_state.connections)
+            gc.collect()
+            files = len(os.listdir("/proc/self/fd"))
+            return tasks(), files, len(gc.get_objects())
+
+        logging.disable(logging.CRITICAL)
+        try:
+            with serve(websocket("ws/<how>/", ending)) as server:
+                for count in range(300):
+                    connect(ways[count % len(ways)], count)
+                before = census()
+                for count in range(9_700):
+                    connect(ways[count % len(ways)], count)
+                    if count % 100 == 0:
+                        connect("asleep", count)
+                after = census()
+        finally:
+            logging.disable(logging.NOTSET)
+        assert after[:2] == before[:2]
+        # Some hundred objects more may be caches; one for each connection is a leak.
+        assert after[2] - before[2] < 2_000
+
+
+SLEEPY_APPLICATION = """
+import asyncio
+from django.conf import settings
+settings.configure(SECRET_KEY="x", ALLOWED_HOSTS=["*"], ROOT_URLCONF="sleepy")
+from django.core.asgi import get_asgi_application
+from django_ws import websocket, websockets
+
+
+async def asleep(socket):
+    await socket.accept()
+    try:
+        await socket.send_text("ready")
+        await asyncio.sleep(3600)
+    finally:
+        print("finally asleep", flush=True)
+
+
+async def reading(socket):
+    await socket.accept()
+    try:
+        await socket.send_text("ready")
+        await socket.receive_text()
+    finally:
+        print("finally reading", flush=True)
+
+
+async def sending(socket):
+    await socket.accept()
+    try:
+        while True:
+            await socket.send_text("ready")
+            await asyncio.sleep(0.01)
+    finally:
+        print("finally sending", flush=True)
+
+
+urlpatterns = [
+    websocket(f"{view.__name__}/", view) for view in (asleep, reading, sending)
+]
+application = websockets(get_asgi_application())
+"""
+
+
+class TestShutdown:
+    def open(self, server: Process, stack: contextlib.ExitStack) -> None:
+        for name in ("asleep", "reading", "sending"):
+            client = stack.enter_context(server.dial(f"/{name}/", max_queue=None))
+            assert client.recv(10) == "ready"
+
+    def check(self, log: str) -> None:
+        for name in ("asleep", "reading", "sending"):
+            assert log.count(f"finally {name}") == 1, log
+        assert "Traceback" not in log and "ERROR" not in log, log
+
+    def test_ctrl_c_with_open_sockets(self, ws: str, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "sleepy.py").write_text(SLEEPY_APPLICATION)
+        command = (*UVICORN, "--ws", ws, "sleepy:application")
+        with Process(tmp_path, *command) as server, contextlib.ExitStack() as stack:
+            self.open(server, stack)
+            start = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            server.process.wait(20)
+            assert time.monotonic() - start < 3
+        self.check(server.log.read_text())
+
+    def test_reload_with_open_sockets(self, tmp_path: pathlib.Path) -> None:
+        (tmp_path / "sleepy.py").write_text(SLEEPY_APPLICATION)
+        command = (*UVICORN, "--reload", "sleepy:application")
+        with Process(tmp_path, *command) as server, contextlib.ExitStack() as stack:
+            self.open(server, stack)
+            wait_for(lambda: "Application startup complete" in server.log.read_text())
+            (tmp_path / "sleepy.py").write_text(SLEEPY_APPLICATION + "# changed\n")
+            wait_for(lambda: "Shutting down" in server.log.read_text(), 20)
+            start = time.monotonic()
+            wait_for(lambda: "Finished server process" in server.log.read_text())
+            assert time.monotonic() - start < 3
+            self.check(server.log.read_text())
+            wait_for(lambda: server.log.read_text().count("startup complete") == 2)
+            with server.dial("/reading/") as client:
+                assert client.recv(10) == "ready"
+
+
+# On every server
+
+SERVERS: dict[str, tuple[str, ...]] = {
+    "uvicorn websockets": ("uvicorn", "--ws", "websockets-sansio", "--port", "{port}"),
+    "uvicorn wsproto": ("uvicorn", "--ws", "wsproto", "--port", "{port}"),
+    "hypercorn": ("hypercorn", "--bind", "127.0.0.1:{port}"),
+    "daphne": ("daphne", "--port", "{port}"),
+    "granian": ("granian", "--interface", "asgi", "--port", "{port}"),
+    "gunicorn": ("gunicorn", "--worker-class", "asgi", "--bind", "127.0.0.1:{port}"),
+}
+
+# What a server does not do for any ASGI application; README's table says the same.
+FALLS_SHORT: dict[tuple[str, str], str] = {
+    ("hypercorn", "the client's code"): "reports 1006",
+    ("hypercorn", "the client's reason"): "reports none",
+    ("daphne", "empty messages"): "drops them",
+    ("daphne", "refusal with a page"): "answers a bare 403",
+    ("daphne", "reason"): "sends none",
+    ("daphne", "standard code"): "sends 1000 and 3000 to 4999 only",
+    ("daphne", "the client's reason"): "reports none",
+    ("daphne", "back-pressure on the view"): "buffers without bound",
+    ("daphne", "back-pressure on the client"): "buffers without bound",
+    ("gunicorn", "back-pressure on the client"): "buffers without bound",
+    ("granian", "cancel-safe receive"): "loses messages",
+    ("granian", "the client's reason"): "reports none",
+    ("gunicorn", "refusal with a page"): "answers a bare 403",
+    ("gunicorn", "the client's reason"): "reports none",
+}
+
+SERVERS_APPLICATION = """
+import asyncio
+from django.conf import settings
+settings.configure(SECRET_KEY="x", ALLOWED_HOSTS=["*"], ROOT_URLCONF="served")
+from django.core.asgi import get_asgi_application
+from django.http import HttpResponse
+from django_ws import WebSocketDisconnect, websocket, websockets
+
+
+async def echo(socket):
+    await socket.accept()
+    async for message in socket:
+        if isinstance(message, str):
+            await socket.send_text(message)
+        else:
+            await socket.send_bytes(message)
+
+
+async def deny(socket):
+    return HttpResponse("a page", status=401, headers={"X-Why": "because"})
+
+
+async def closing(socket, code):
+    await socket.accept()
+    await socket.close(code, "because")
+
+
+async def leaving(socket):
+    await socket.accept()
+    try:
+        await socket.receive_text()
+    except WebSocketDisconnect as end:
+        print(f"left {end.code} {end.reason}.", flush=True)
+
+
+async def busy(socket):
+    await socket.accept()
+    await socket.receive_text()
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        print("busy ended", flush=True)
+
+
+async def timeouts(socket):
+    await socket.accept()
+    while True:
+        try:
+            async with asyncio.timeout(0.001):
+                message = await socket.receive_text()
+        except TimeoutError:
+            continue
+        await socket.send_text(message)
+
+
+async def idle(socket):
+    await socket.accept()
+    await asyncio.sleep(5)
+
+
+async def flood(socket):
+    await socket.accept()
+    for number in range(64):
+        await socket.send_bytes(bytes(2**20))
+    print("flooded", flush=True)
+
+
+urlpatterns = [
+    websocket("ours/timeouts/", timeouts), websocket("ours/idle/", idle),
+    websocket("ours/flood/", flood),
+    websocket("ours/echo/", echo), websocket("ours/deny/", deny),
+    websocket("ours/close/<int:code>/", closing), websocket("ours/left/", leaving),
+    websocket("ours/busy/", busy),
+]
+ours = websockets(get_asgi_application())
+
+
+async def raw(scope, receive, send):
+    await receive()
+    what = scope["path"].split("/")[2]
+    if what == "deny":
+        if "websocket.http.response" not in scope.get("extensions", {}):
+            return await send({"type": "websocket.close"})
+        headers = [(b"x-why", b"because")]
+        start = {"type": "websocket.http.response.start", "status": 401}
+        await send({**start, "headers": headers})
+        body = {"type": "websocket.http.response.body", "body": b"a page"}
+        return await send({**body, "more_body": False})
+    await send({"type": "websocket.accept", "subprotocol": None, "headers": []})
+    if what == "close":
+        code = int(scope["path"].split("/")[3])
+        close = {"type": "websocket.close", "code": code, "reason": "because"}
+        return await send(close)
+    if what == "idle":
+        await asyncio.sleep(5)
+    if what == "flood":
+        for number in range(64):
+            await send({"type": "websocket.send", "bytes": bytes(2**20)})
+        return print("flooded", flush=True)
+    while True:
+        try:
+            async with asyncio.timeout(0.001 if what == "timeouts" else None):
+                event = await receive()
+        except TimeoutError:
+            continue
+        if event["type"] != "websocket.receive":
+            break
+        text, data = event.get("text"), event.get("bytes")
+        message = {"bytes": data} if text is None else {"text": text}
+        await send({"type": "websocket.send", **message})
+    if what == "left":
+        print(f"left {event.get('code')} {event.get('reason') or ''}.", flush=True)
+
+
+async def application(scope, receive, send):
+    if scope["type"] == "websocket" and scope["path"].startswith("/raw/"):
+        await raw(scope, receive, send)
+    else:
+        await ours(scope, receive, send)
+"""
+
+
+@contextlib.contextmanager
+def serve_by(name: str, directory: pathlib.Path) -> Iterator[Process]:
+    module, *options = SERVERS[name]
+    for needed in {module, name.split()[-1]}:
+        if not importlib.util.find_spec(needed):
+            missing(needed)
+    (directory / "served.py").write_text(SERVERS_APPLICATION)
+    script = pathlib.Path(sys.executable).with_name(module)
+    with Process(directory, script, *options, "served:application") as server:
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError):
+                return bool(server.get("/ours/echo/").status == 426)
+            return False
+
+        wait_for(answers, 20)
+        yield server
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Process]]:
+    """Each server as a process, and its name."""
+    with serve_by(request.param, tmp_path_factory.mktemp("served")) as server:
+        yield request.param, server
+
+
+def closed_with(server: Process, path: str) -> Any:
+    with server.dial(path) as client:
+        with pytest.raises(ConnectionClosed) as caught:
+            client.recv(10)
+    return caught.value.rcvd
+
+
+def echoes(server: Process, path: str, *messages: str | bytes) -> None:
+    with server.dial(f"{path}echo/", max_size=None) as client:
+        for message in messages:
+            client.send(message)
+            assert client.recv(2) == message
+
+
+def leaves(server: Process, path: str, pattern: str) -> None:
+    with server.log.open() as log:
+        log.seek(0, os.SEEK_END)
+        with server.dial(f"{path}left/") as client:
+            client.close(4001, "bye")
+        printed = ""
+
+        def line() -> Any:
+            nonlocal printed
+            printed += log.read()
+            return re.search(r"left (\d+) (.*)\.", printed)
+
+        found = wait_for(line)
+        assert re.search(pattern, found[0]), found[0]
+
+
+def refuses_with_a_page(server: Process, path: str) -> None:
+    response = server.handshake(f"{path}deny/")
+    assert (response.status, response.body) == (401, b"a page")
+    assert response.headers["X-Why"] == "because"
+
+
+def keeps_order(server: Process, path: str) -> None:
+    with server.dial(f"{path}echo/", max_queue=None) as client:
+        for number in range(2000):
+            client.send(str(number))
+        assert [client.recv(10) for _ in range(2000)] == [str(n) for n in range(2000)]
+
+
+def loses_nothing(server: Process, path: str) -> None:
+    with server.dial(f"{path}timeouts/", max_queue=None) as client:
+        for number in range(200):
+            client.send(str(number))
+            time.sleep(0.002)
+        assert [client.recv(2) for _ in range(200)] == [str(n) for n in range(200)]
+
+
+def stops_reading(server: Process, path: str) -> None:
+    message = struct.pack("!BBQ4x", 0x82, 0x80 | 127, 2**20) + bytes(2**20)
+    with open_raw(server.port, f"{path}idle/") as raw:
+        raw.settimeout(1)
+        with pytest.raises(TimeoutError):
+            for _ in range(32):
+                raw.sendall(message)
+
+
+def stops_sending(server: Process, path: str) -> None:
+    before = server.log.read_text().count("flooded")
+    with open_raw(server.port, f"{path}flood/"):
+        time.sleep(1)  # what it could do by then, it has done
+        assert server.log.read_text().count("flooded") == before
+
+
+def refuses(server: Process, path: str) -> None:
+    assert server.handshake(f"{path}deny/").status in (401, 403)
+
+
+BEHAVIOURS: dict[str, Callable[[Process, str], Any]] = {
+    "text": lambda server, path: echoes(server, path, "hello", "déjà vu 🙂"),
+    "binary": lambda server, path: echoes(server, path, b"\x00\xff"),
+    "1 MiB": lambda server, path: echoes(server, path, "é" * 2**19, b"x" * 2**20),
+    "empty messages": lambda server, path: echoes(server, path, "", b""),
+    "order under load": keeps_order,
+    "cancel-safe receive": loses_nothing,
+    "back-pressure on the client": stops_reading,
+    "back-pressure on the view": stops_sending,
+    "refusal": refuses,
+    "refusal with a page": refuses_with_a_page,
+    "code": lambda server, path: check(closed_with(server, f"{path}close/4002/"), 4002),
+    "standard code": lambda server, path: check(
+        closed_with(server, f"{path}close/1008/"), 1008
+    ),
+    "reason": lambda server, path: check(
+        closed_with(server, f"{path}close/4002/"), 4002, "because"
+    ),
+    "the client's code": lambda server, path: leaves(server, path, "left 4001"),
+    "the client's reason": lambda server, path: leaves(server, path, "left .* bye"),
+}
+
+
+def check(received: Any, code: int, reason: str | None = None) -> None:
+    assert received.code == code
+    assert reason is None or received.reason == reason
+
+
+class TestServers:
+    @pytest.mark.parametrize("behaviour", BEHAVIOURS)
+    def test_it(self, served: tuple[str, Process], behaviour: str) -> None:
+        name, server = served
+        run = BEHAVIOURS[behaviour]
+        why = FALLS_SHORT.get((name, behaviour))
+        if why is None:
+            run(server, "/ours/")
+        else:
+            with pytest.raises((AssertionError, OSError, pytest.fail.Exception)):
+                run(server, "/raw/")
+            pytest.skip(f"{name} itself {why}")
+
+    def test_a_busy_view_is_cancelled(self, served: tuple[str, Process]) -> None:
+        name, server = served
+        with server.dial("/ours/busy/") as client:
+            client.send("go")
+            time.sleep(0.1)
+        left = time.monotonic()
+        wait_for(lambda: "busy ended" in server.log.read_text())
+        assert time.monotonic() - left < 1.5
+
+    @pytest.mark.parametrize("name", SERVERS)
+    def test_it_stops_with_open_sockets(
+        self, name: str, tmp_path: pathlib.Path
+    ) -> None:
+        with serve_by(name, tmp_path) as server, server.dial("/ours/busy/") as client:
+            client.send("go")
+            time.sleep(0.1)
+            server.process.terminate()
+            if name in ("hypercorn", "gunicorn"):
+                with pytest.raises(subprocess.TimeoutExpired):
+                    server.process.wait(4)
+                server.process.kill()
+                pytest.skip(f"{name} itself does not stop before its sockets, or 30 s")
+            server.process.wait(8)
+            client.close_socket()
+
+    def test_the_log_is_clean(self, served: tuple[str, Process]) -> None:
+        name, server = served
+        log = server.log.read_text()
+        if name == "daphne":  # of the codes that it refuses to send, under raw ASGI too
+            log = re.sub(r"Traceback(?s:.*?)invalid close code", "", log)
+        assert "Traceback" not in log, log[-3000:]
 
 
 class TestEverythingElse:
