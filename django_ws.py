@@ -576,10 +576,8 @@ class WebSocket:
             self._state = "answering"
             try:
                 await self._refuse(None)
-            except BaseException:
-                if self._state == "answering":
-                    self._state = "connecting"
-                raise
+            finally:  # the client may have left meanwhile
+                self._state = "closed" if self._state == "closed" else "connecting"
             self._ended(code, reason)
         elif self._state != "closed":
             with suppress(WebSocketDisconnect):

@@ -197,12 +197,18 @@ class Site:
         return response
 
 
+class Uvicorn(uvicorn.Server):
+    async def main_loop(self) -> None:
+        while not self.should_exit:  # ten times as often as it is, for quicker tests
+            await asyncio.sleep(0.01)
+
+
 class Server(Site):
     """A real uvicorn on a thread, serving `application` on 127.0.0.1."""
 
     def __init__(self, application: Any, **options: Any) -> None:
         options = {"log_config": None, "lifespan": "off", **options}
-        self.uvicorn = uvicorn.Server(uvicorn.Config(application, **options))
+        self.uvicorn = Uvicorn(uvicorn.Config(application, **options))
         self.socket = sockets.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.thread = threading.Thread(
@@ -2545,6 +2551,43 @@ class TestGoneIsGone:
         assert seen == ["timeout", "cancelled"]
         assert live.task.exception() is None and not live.task.cancelling()
 
+    def test_cancelling_a_send_is_safe(self) -> None:
+        class Slow(Drive):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event.get("text") == "slow":
+                    await asyncio.sleep(3600)
+                await super().send(event)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await socket.send_text("slow")
+            await socket.send_text("still here")
+
+        assert Slow().run(view)[1]["text"] == "still here"
+
+    def test_a_client_that_leaves_while_it_is_refused(
+        self, quick: None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Slow(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event["type"] != "websocket.close":
+                    self.queue.put_nowait(GONE)
+                    await asyncio.sleep(3600)
+                await super().send(event)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.close()
+
+        async def client(live: Live) -> None:
+            pass
+
+        slow = Slow()
+        assert slow.play(view, client) == [{"type": "websocket.close"}]
+        assert slow.task.exception() is None
+        assert [record.getMessage() for record in caplog.records] == ["Forbidden: /ws/"]
+
     def test_a_view_that_was_told_may_take_its_time(self, quick: None) -> None:
         seen: list[str] = []
 
@@ -2871,6 +2914,7 @@ class TestMessagesOfABusyView:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.01):
                     await socket.receive_text()
+            await asyncio.sleep(0.1)
             arrived.set()
             got.append(await socket.receive_text())
             await asyncio.sleep(0.1)
@@ -2889,27 +2933,30 @@ class TestMessagesOfABusyView:
         assert got == ["a", text("b")]  # the second sleep was cancelled: gone is gone
 
     def test_the_end_is_not_missed_between_two_receives(self, quick: None) -> None:
-        """The client leaves just when a timeout takes the view out of receive()."""
+        """It arrives in the turn of the loop that takes the view out of receive."""
+        steps: list[str] = []
 
         async def view(socket: WebSocket) -> None:
             await socket.accept()
             await asyncio.sleep(0.1)
+            ahead = socket._ahead
+            assert ahead is not None
+            child = asyncio.create_task(socket.receive_text())
+            await asyncio.sleep(0)
+            ahead.add_done_callback(lambda _: child.cancel())
+            live.queue.put_nowait(GONE)
             try:
-                async with asyncio.timeout(60) as timeout:
-                    asyncio.get_running_loop().call_soon(live.queue.put_nowait, GONE)
-                    waiting = asyncio.get_running_loop().call_later
-                    waiting(0.01, timeout.reschedule, 0)
-                    await socket.receive_text()
-            except (TimeoutError, WebSocketDisconnect):
-                pass
-            if not socket._told:
                 await asyncio.sleep(3600)
+            finally:
+                assert child.cancelled()
+                steps.append("cancelled")
 
         async def client(live: Live) -> None:
             pass
 
         live = Live()
         live.play(view, client)
+        assert steps == ["cancelled"]
 
     def test_two_tasks_may_not_receive_at_once(self) -> None:
         async def view(socket: WebSocket) -> None:
@@ -2998,6 +3045,13 @@ class TestMessagesOfABusyView:
 # ASGI: threads and database connections
 
 SIZE = min(32, (os.cpu_count() or 1) + 4)
+
+
+async def just_querying(socket: WebSocket) -> None:
+    from django.db import connection
+
+    await socket.accept()
+    await sync_to_async(connection.close)()
 
 
 def thread_name() -> str:
@@ -3101,6 +3155,31 @@ class TestThreads:
                     await asyncio.sleep(0.01)
 
         assert len(Drive(text("a")).run(view)) == 2
+
+    @pytest.mark.parametrize("age", [0, 60])
+    def test_connections_live_as_long_as_conn_max_age_says(self, age: int) -> None:
+        from django.contrib.auth.models import User
+        from django.db import connection, connections
+
+        def details() -> Any:
+            return connection.connection, connection.errors_occurred
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            for _ in range(2):
+                await User.objects.acount()
+                found.append(await sync_to_async(details)())
+                await socket.receive_text()
+
+        found: list[Any] = []
+        connections.settings["default"]["CONN_MAX_AGE"] = age
+        try:
+            Drive(text("a"), text("b")).run(view)
+        finally:
+            connections.settings["default"]["CONN_MAX_AGE"] = 0
+            Drive().run(just_querying)
+        assert (found[0][0] is found[1][0]) == (age > 0)
+        assert not found[1][1]  # it was asked whether it is alive
 
     def test_other_ways_to_threads_work(self, database: None) -> None:
         from django.contrib.auth.models import User
