@@ -474,8 +474,7 @@ class WebSocket:
                 # answer to a ping, a message too big) and `receive` has not told yet.
                 self._ended(CloseCode.ABNORMAL_CLOSURE, "")
                 raise self._disconnect() from error
-            if self._state == "answering":
-                self._state = "connecting"
+            self._unanswered()
             raise
         if self._state == "answering":
             self._answered()
@@ -508,6 +507,10 @@ class WebSocket:
         headers: list[tuple[bytes, bytes]],
     ) -> None:
         self._connect, self._refuse, self._headers = connect, refuse, headers
+
+    def _unanswered(self) -> None:
+        if self._state == "answering":  # the client may have left meanwhile
+            self._state = "connecting"
 
     def _answered(self) -> None:
         self._connect, self._refuse, self._headers = None, None, []
@@ -576,8 +579,8 @@ class WebSocket:
             self._state = "answering"
             try:
                 await self._refuse(None)
-            finally:  # the client may have left meanwhile
-                self._state = "closed" if self._state == "closed" else "connecting"
+            finally:
+                self._unanswered()
             self._ended(code, reason)
         elif self._state != "closed":
             with suppress(WebSocketDisconnect):
