@@ -260,6 +260,7 @@ class WebSocket:
         "_end",
         "_task",
         "_told",
+        "_cancelling",
         "_hearer",
         "_waiting",
         "_ahead",
@@ -291,6 +292,9 @@ class WebSocket:
         # close(), by awaiting a task that has one, or because it was cancelled.
         self._task: asyncio.Task[Any] | None = None
         self._told: Literal["", "raised", "elsewhere", "cancelled"] = ""
+        # How often it was cancelled before that. Not always 0: until Python 3.13
+        # a TaskGroup that failed leaves one behind.
+        self._cancelling = 0
         # A task of the view's that learned of the end, and may be cleaning up.
         self._hearer: asyncio.Task[Any] | None = None
         # Whether a task waits in receive(), what reads ahead where none does for
@@ -396,7 +400,7 @@ class WebSocket:
             elif self._hearer is not None and not self._hearer.done():
                 self._watch()
             elif not self._told and self._task is not None:
-                self._told = "cancelled"
+                self._told, self._cancelling = "cancelled", self._task.cancelling()
                 self._task.cancel()
         elif not self._waiting:
             if self._ahead is None:
@@ -1070,7 +1074,7 @@ class WebSocketHandler(ASGIHandler):
                 if socket._told == "cancelled":
                     task.uncancel()
         except asyncio.CancelledError as error:
-            if task.cancelling():
+            if task.cancelling() > socket._cancelling:
                 raise  # somebody else's cancellation goes on its way
             if socket._told == "cancelled":
                 return None

@@ -2657,8 +2657,36 @@ class TestGoneIsGone:
         live = Live()
         live.play(view, client)
         assert seen == ["writer ended"]
-        assert live.task.exception() is None and not live.task.cancelling()
+        assert live.task.exception() is None
         assert quiet(caplog)
+
+    def test_a_task_group_that_failed_before_does_not_matter(self, quick: None) -> None:
+        """Until Python 3.13 it leaves a cancellation of the view's task behind."""
+        steps: list[str] = []
+
+        async def failing() -> None:
+            raise ValueError
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(ExceptionGroup):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(asyncio.sleep(3600))
+                    group.create_task(failing())
+            steps.append("failed")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                steps.append("cancelled")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: steps)
+            live.queue.put_nowait(GONE)
+
+        live = Live()
+        live.play(view, client)
+        assert steps == ["failed", "cancelled"]
+        assert not live.task.cancelled() and live.task.exception() is None
 
     @pytest.mark.parametrize("how", ["wait", "wait_for", "close"])
     def test_a_view_that_waits_for_a_task_that_receives_may_clean_up(
@@ -3567,7 +3595,7 @@ class TestSoak:
                 after = census()
         finally:
             logging.disable(logging.NOTSET)
-        assert after[:2] == before[:2]
+        assert after[0] <= before[0] and after[1] <= before[1]
         # Some hundred objects more may be caches; one for each connection is a leak.
         assert after[2] - before[2] < 2_000
 
@@ -3962,12 +3990,12 @@ class TestServers:
             client.send("go")
             time.sleep(0.1)
             server.process.terminate()
-            if name in ("hypercorn", "gunicorn"):
-                with pytest.raises(subprocess.TimeoutExpired):
-                    server.process.wait(4)
+            try:
+                server.process.wait(5)
+            except subprocess.TimeoutExpired:
+                assert name in ("hypercorn", "gunicorn")
                 server.process.kill()
-                pytest.skip(f"{name} itself does not stop before its sockets, or 30 s")
-            server.process.wait(8)
+                pytest.skip(f"{name} itself waits for the client, or for 30 s")
             client.close_socket()
 
     def test_the_log_is_clean(self, served: tuple[str, Process]) -> None:
