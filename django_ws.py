@@ -25,14 +25,19 @@ your error pages. Serve it with an ASGI server that speaks WebSocket, for exampl
 """
 
 import asyncio
+import collections
 import enum
+import importlib.util
 import inspect
 import io
 import json
+import logging
 import math
 import os
+import random
 import re
 import threading
+import types
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -55,7 +60,7 @@ from asgiref.sync import (
 )
 from django.conf import settings
 from django.core import signals
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
 from django.core.handlers.exception import (
     convert_exception_to_response,
@@ -93,10 +98,16 @@ __all__ = [
     "SendEvent",
     "WebSocket",
     "WebSocketDisconnect",
+    "broadcast",
+    "close_group",
     "re_websocket",
     "websocket",
     "websockets",
 ]
+
+_logger = logging.getLogger("django_ws")
+# Tasks that nobody waits for: the event loop itself would not keep them alive.
+_background: set[asyncio.Task[None]] = set()
 
 Scope = dict[str, Any]
 Event = Mapping[str, Any]
@@ -193,6 +204,12 @@ def _sendable(code: int) -> int:
     raise ValueError(f"{code!r} is no close code that may be sent")
 
 
+def _close_arguments(code: int, reason: str) -> tuple[int, str]:
+    if len(reason.encode()) > 123:
+        raise ValueError("a close reason has at most 123 bytes of UTF-8")
+    return _sendable(code), reason
+
+
 def _short(reason: str) -> str:
     """Cut a close reason to the 123 bytes that a frame takes (section 5.5)."""
     return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
@@ -224,6 +241,15 @@ _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).dec
 _encode_json = DjangoJSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False
 ).encode
+
+
+def _json(data: Any) -> str:
+    text = _encode_json(data)
+    if not text.isascii():
+        # A lone surrogate ("\ud800" in a client's JSON) is no UTF-8. What Python calls
+        # backslashreplace writes it as JSON does.
+        text = text.encode("utf-8", "backslashreplace").decode()
+    return text
 
 
 # "answering": accept() or close() has not come back from the server yet.
@@ -265,6 +291,8 @@ class WebSocket:
         "_waiting",
         "_ahead",
         "_timer",
+        "_groups",
+        "_outbox",
         "__dict__",  # what decorators set on a request; made when first needed
         "__weakref__",
     )
@@ -302,6 +330,9 @@ class WebSocket:
         self._waiting = False
         self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        # The groups that it is in, and what waits for its client to read.
+        self._groups: set[str] = set()
+        self._outbox: _Outbox | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "request":  # not set yet, as in copy.copy(): no endless recursion
@@ -377,6 +408,13 @@ class WebSocket:
                 raise self._disconnect()
             else:
                 event = await self._receive()
+        except asyncio.CancelledError:
+            if self._told == "cancelled" and asyncio.current_task() is self._task:
+                # Ended from outside, by close_group() say: as when the client leaves.
+                self._told = "raised"
+                if self._task and self._task.uncancel() <= self._cancelling:
+                    raise self._disconnect() from None
+            raise
         finally:
             self._waiting = False
             if self._timer is None:
@@ -392,7 +430,9 @@ class WebSocket:
 
     def _look(self) -> None:
         """See after a view that did not wait for its client just now."""
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._state == "closed":
             if self._told == "elsewhere":
                 self._told = ""
@@ -430,6 +470,14 @@ class WebSocket:
                 self._watch()  # over the view's task, where another task learns of it
         self._disconnect()
 
+    def _end_from_outside(self, code: int, reason: str) -> None:
+        """End the socket, and its view as when the client leaves."""
+        if self._state == "open":
+            self._state, self._end = "closed", (code, reason)
+            if asyncio.current_task() is self._task:
+                self._told = "raised"
+            self._look()
+
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
         task = asyncio.current_task()
@@ -452,6 +500,9 @@ class WebSocket:
             self._timer.cancel()
         if self._ahead is not None:
             self._ahead.cancel()
+        for group in self._groups:
+            _groups().leave(group, self)
+        self._groups = set()
 
     async def send(self, event: Event) -> None:
         """Send one ASGI event (a mapping) to the server.
@@ -576,9 +627,7 @@ class WebSocket:
         nothing sent.
         Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close - send event".
         """
-        code = _sendable(code)
-        if len(reason.encode()) > 123:
-            raise ValueError("a close reason has at most 123 bytes of UTF-8")
+        code, reason = _close_arguments(code, reason)
         if self._state == "connecting" and self._refuse is not None:
             self._state = "answering"
             try:
@@ -727,15 +776,382 @@ class WebSocket:
         `WebSocketDisconnect` when the connection has ended.
         Source: RFC 8259.
         """
-        text = _encode_json(data)
-        if binary or not text.isascii():
-            # A lone surrogate ("\ud800" in a client's JSON) is no UTF-8. What Python
-            # calls backslashreplace writes it as JSON does.
-            encoded = text.encode("utf-8", "backslashreplace")
-            if binary:
-                return await self.send_bytes(encoded)
-            text = encoded.decode()
-        await self.send_text(text)
+        text = _json(data)
+        if binary:
+            await self.send_bytes(text.encode())
+        else:
+            await self.send_text(text)
+
+    async def join(self, group: str) -> None:
+        """Put the socket into a group (str) until it leaves or ends.
+
+        What is sent to the group after `join()` has returned arrives. Joining again
+        does nothing. With Redis it waits until Redis has confirmed the subscription,
+        so for as long as Redis is down. Cancelling it is safe.
+
+        Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end.
+        """
+        if self._state == "closed":
+            raise self._disconnect()
+        if self._state != "open":
+            raise RuntimeError("call accept() before join()")
+        self._groups.add(_name(group))
+        await _groups().join(group, self)
+
+    async def leave(self, group: str) -> None:
+        """Take the socket out of a group (str); nothing happens where it is in none.
+
+        Cancelling it is safe. It raises nothing, also after the end.
+        """
+        if group in self._groups:
+            self._groups.remove(group)
+            _groups().leave(group, self)
+
+    def _push(self, event: Event, limit: int) -> bool:
+        """Send an event of a group; return whether there is room for another.
+
+        The server's `send` is run by hand up to where it would wait. Mostly it does
+        not, and then no task was needed; otherwise the outbox takes over.
+        """
+        if self._state != "open":
+            return True
+        if self._outbox is not None:
+            self._outbox.events.append(event)
+            return len(self._outbox.events) < limit
+        if event["type"] == "websocket.close":
+            self._end_from_outside(event["code"], event["reason"])
+        sending = self._send(event).__await__()
+        try:
+            future = next(sending)
+        except StopIteration:
+            pass
+        except Exception as error:
+            self._failed(error)
+        else:
+            self._outbox = _Outbox(self, _rest(sending, future))
+        return True
+
+    def _failed(self, error: Exception) -> None:
+        """End for an exception that the server raised at a message to a group."""
+        if not isinstance(error, (OSError, RuntimeError)):
+            _logger.error("A message to a group was not sent", exc_info=error)
+        self._end_from_outside(CloseCode.ABNORMAL_CLOSURE, "")
+
+
+# Groups
+
+
+def _name(group: str) -> str:
+    if not isinstance(group, str):
+        raise TypeError(f"a group's name is a str, not {type(group).__name__}")
+    return group
+
+
+@types.coroutine
+def _rest(sending: Any, future: Any) -> Iterator[Any]:
+    """Go on with a coroutine that was run by hand up to where it waits for `future`."""
+    yield future
+    yield from sending
+
+
+class _Outbox:
+    """What waits for one client, from when the server reports back-pressure."""
+
+    # Seconds that a broadcast gives to a client that has no room left. One that reads
+    # makes some in a fraction of it; it is for views that broadcast without a pause.
+    PATIENCE = 0.05
+
+    def __init__(self, socket: WebSocket, first: Awaitable[None]) -> None:
+        self.events: collections.deque[Event] = collections.deque()
+        self.room = asyncio.Event()
+        self.task = asyncio.get_running_loop().create_task(self.drain(socket, first))
+
+    async def drain(self, socket: WebSocket, first: Awaitable[None]) -> None:
+        """Send all that waits, in order, as fast as the client reads."""
+        try:
+            await first
+            while self.events:
+                event = self.events.popleft()
+                self.room.set()
+                if event["type"] == "websocket.close":
+                    self.events.clear()
+                    socket._end_from_outside(event["code"], event["reason"])
+                await socket._send(event)
+        except Exception as error:
+            socket._failed(error)
+        finally:
+            self.room.set()
+            socket._outbox = None
+
+    async def make_room(self, socket: WebSocket, limit: int) -> None:
+        """Wait a moment for room; without it, the client loses its connection."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.PATIENCE):
+                while socket._outbox is self and len(self.events) >= limit:
+                    self.room.clear()
+                    await self.room.wait()
+        if socket._outbox is self and len(self.events) >= limit:
+            code, reason = CloseCode.TRY_AGAIN_LATER, "reads too slowly"
+            self.events.clear()
+            self.events.append(
+                {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+            )
+            socket._end_from_outside(code, reason)
+
+
+class _Groups:
+    """The groups of one event loop; messages stay in this process."""
+
+    # The event loops of this process that have sockets in groups.
+    loops: ClassVar[dict[asyncio.AbstractEventLoop, "_Groups"]] = {}
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.limit: int = options["OUTBOX"]
+        self.members: dict[str, set[WebSocket]] = {}
+
+    async def join(self, group: str, socket: WebSocket) -> None:
+        """Add a socket; what is published from now on reaches it."""
+        self.loops[asyncio.get_running_loop()] = self
+        self.members.setdefault(group, set()).add(socket)
+
+    def leave(self, group: str, socket: WebSocket) -> None:
+        """Remove a socket; an empty group leaves no trace."""
+        if group in self.members:
+            self.members[group].discard(socket)
+            if not self.members[group]:
+                del self.members[group]
+        if not self.members:
+            self.loops.pop(asyncio.get_running_loop(), None)
+
+    async def publish(self, group: str, event: Event) -> None:
+        """Send an event to the group's sockets, whichever loop they are on."""
+        for loop, groups in list(self.loops.items()):
+            if loop is asyncio.get_running_loop():
+                await groups.deliver(group, event)
+            elif loop.is_running():
+                delivery = groups.deliver(group, event)
+                future = asyncio.run_coroutine_threadsafe(delivery, loop)
+                await asyncio.wrap_future(future)
+
+    async def deliver(self, group: str, event: Event) -> None:
+        """Send an event to the group's sockets on this loop."""
+        full = []
+        for count, socket in enumerate(tuple(self.members.get(group, ())), 1):
+            if not socket._push(event, self.limit):
+                full.append((socket, socket._outbox))
+            if count % 100 == 0:
+                await asyncio.sleep(0)  # the turn of the sockets outside the group
+        for socket, outbox in full:
+            if outbox is not None:
+                await outbox.make_room(socket, self.limit)
+
+
+class _RedisGroups(_Groups):
+    """Groups that span all processes on one Redis, by publish/subscribe."""
+
+    # Seconds of silence after which Redis is asked whether it is still there, and the
+    # bounds between which the pause before a new connection doubles.
+    SILENCE = 15.0
+    PAUSES = (0.1, 10.0)
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.url, self.prefix = options["REDIS_URL"], options["PREFIX"]
+        self.client = self.connect()
+        self.listener: asyncio.Task[None] | None = None
+        self.pubsub: Any = None
+        self.lock = asyncio.Lock()
+        # The groups that Redis was asked for, and those that it has confirmed.
+        self.asked: set[str] = set()
+        self.confirmed: dict[str, asyncio.Event] = {}
+
+    def connect(self) -> Any:
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        # No second try: it could send a message twice.
+        return Redis.from_url(self.url, retry=Retry(NoBackoff(), 0))
+
+    def channel(self, group: str) -> bytes:
+        return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
+
+    async def join(self, group: str, socket: WebSocket) -> None:
+        """Add a socket, and wait until Redis has confirmed the subscription."""
+        await super().join(group, socket)
+        confirmed = self.confirmed.setdefault(group, asyncio.Event())
+        if self.listener is None:
+            self.listener = asyncio.get_running_loop().create_task(self.listen())
+        elif group not in self.asked:
+            await self.subscribe()
+        await confirmed.wait()
+
+    def leave(self, group: str, socket: WebSocket) -> None:
+        """Remove a socket, and unsubscribe from a group without any."""
+        super().leave(group, socket)
+        if group not in self.members and group in self.confirmed:
+            del self.confirmed[group]
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self.subscribe())
+            _background.add(task)
+            task.add_done_callback(_background.discard)
+
+    async def subscribe(self) -> None:
+        """Let Redis send what the groups that have sockets here get, and no more."""
+        from redis.exceptions import RedisError
+
+        async with self.lock:
+            if self.pubsub is None:
+                return  # the listener subscribes to all when it is connected
+            wanted = set(self.members)
+            new, old = wanted - self.asked, self.asked - wanted
+            self.asked = wanted
+            with suppress(RedisError, OSError):  # the listener sees it too
+                if new:
+                    await self.pubsub.subscribe(*map(self.channel, new))
+                if old:
+                    await self.pubsub.unsubscribe(*map(self.channel, old))
+
+    async def listen(self) -> None:
+        """Receive from Redis while there are members, and connect again and again."""
+        from redis.exceptions import RedisError
+
+        pause, down = self.PAUSES[0], False
+        while self.members:
+            pubsub = self.client.pubsub()
+            try:
+                self.asked = set(self.members)
+                await pubsub.subscribe(*map(self.channel, self.asked))
+                self.pubsub = pubsub
+                await self.subscribe()  # who came meanwhile
+                silent = False
+                while self.members:
+                    message = await pubsub.get_message(timeout=self.SILENCE)
+                    if message is None:
+                        if silent:
+                            raise ConnectionError("Redis does not answer")
+                        await pubsub.ping()
+                    elif down:
+                        _logger.warning("Redis is back: groups work again")
+                        pause, down = self.PAUSES[0], False
+                    silent = message is None
+                    if message is not None:
+                        try:
+                            await self.handle(message)
+                        except ValueError:
+                            _logger.warning("No message of django_ws: %r", message)
+            except (RedisError, OSError) as error:
+                if not down:
+                    _logger.warning("Redis is away, groups get no messages: %s", error)
+                down = True
+                for confirmed in self.confirmed.values():
+                    confirmed.clear()
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2 * pause, self.PAUSES[1])
+            finally:
+                self.pubsub = None
+                await pubsub.aclose()
+        self.listener = None
+        await self.client.connection_pool.disconnect(inuse_connections=False)
+
+    async def handle(self, message: dict[str, Any]) -> None:
+        channel = message["channel"] or b""
+        group = channel.decode("utf-8", "surrogatepass").removeprefix(f"{self.prefix}:")
+        if message["type"] == "subscribe" and group in self.confirmed:
+            self.confirmed[group].set()
+        elif message["type"] == "message":
+            kind, data = message["data"][:1], message["data"][1:]
+            if kind == b"c":
+                code, _, reason = data.decode().partition(" ")
+                close = {"type": SendEvent.CLOSE, "code": int(code), "reason": reason}
+                await self.deliver(group, close)
+            else:
+                body = {"text": data.decode()} if kind == b"t" else {"bytes": data}
+                await self.deliver(group, {"type": SendEvent.SEND, **body})
+
+    async def publish(self, group: str, event: Event) -> None:
+        """Publish an event on Redis; the listeners of all processes deliver it."""
+        if event["type"] == SendEvent.CLOSE:
+            data = b"c" + f"{event['code']} {event['reason']}".encode()
+        elif "text" in event:
+            data = b"t" + event["text"].encode()
+        else:
+            data = b"b" + event["bytes"]
+        if self.listener is not None:
+            await self.client.publish(self.channel(group), data)
+        else:  # a process, or an event loop of a moment, without sockets
+            async with self.client:
+                await self.client.publish(self.channel(group), data)
+
+
+def _options() -> dict[str, Any]:
+    """Return `settings.WEBSOCKETS` with its defaults; raise for what is wrong there."""
+    options: dict[str, Any] = {"REDIS_URL": "", "PREFIX": "django_ws", "OUTBOX": 100}
+    given = getattr(settings, "WEBSOCKETS", {})
+    if not isinstance(given, dict):
+        raise ImproperlyConfigured("WEBSOCKETS must be a dict")
+    for name, value in given.items():
+        if name not in options:
+            known = ", ".join(options)
+            raise ImproperlyConfigured(f"WEBSOCKETS[{name!r}]: there are only {known}")
+        if type(value) is not type(options[name]):
+            wanted = type(options[name]).__name__
+            raise ImproperlyConfigured(f"WEBSOCKETS[{name!r}] must be {wanted}")
+        options[name] = value
+    if options["OUTBOX"] < 1:
+        raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be 1 or more")
+    if options["REDIS_URL"] and not importlib.util.find_spec("redis"):
+        raise ImproperlyConfigured("WEBSOCKETS['REDIS_URL'] needs: pip install redis")
+    return options
+
+
+def _groups() -> _Groups:
+    """Return the groups of the running event loop."""
+    here = _Groups.loops.get(asyncio.get_running_loop())
+    if here is None:
+        options = _options()
+        here = _RedisGroups(options) if options["REDIS_URL"] else _Groups(options)
+    return here
+
+
+async def broadcast(group: str, message: Any) -> None:
+    """Send a message to every socket in a group (str), wherever it is.
+
+    str goes out as text, bytes-like as binary, anything else as JSON, as `send_json`
+    writes it; it is encoded once. From synchronous code: `async_to_sync(broadcast)(…)`.
+    A client that reads more slowly than WEBSOCKETS["OUTBOX"] messages allow is closed
+    with 1013; neither that nor any other trouble of a member concerns the caller.
+
+    Cancelling it is safe, though some members may have got the message.
+
+    Raises `TypeError` and `ValueError` for what JSON cannot carry or UTF-8 cannot
+    encode; with Redis also redis-py's `ConnectionError`, and then the message is lost.
+    """
+    if isinstance(message, str):
+        message.encode()  # a lone surrogate is the caller's fault, not a member's
+        body: dict[str, Any] = {"text": message}
+    elif isinstance(message, (bytes, bytearray, memoryview)):
+        body = {"bytes": bytes(message)}
+    else:
+        body = {"text": _json(message)}
+    await _groups().publish(_name(group), {"type": SendEvent.SEND, **body})
+
+
+async def close_group(
+    group: str, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
+) -> None:
+    """Close every socket in a group (str) with a code (int) and a reason (str).
+
+    After what was broadcast to the group before; the views end as when their clients
+    leave. For a session that ended, a person who lost a permission, a room that closed.
+
+    Cancelling it is safe, though some members may have been closed.
+
+    Raises `ValueError` as `WebSocket.close` does, and redis-py's `ConnectionError`.
+    """
+    code, reason = _close_arguments(code, reason)
+    event = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+    await _groups().publish(_name(group), event)
 
 
 # URLs
@@ -1003,6 +1419,9 @@ def _request_signals(lease: _Lease) -> Iterator[None]:
 class WebSocketHandler(ASGIHandler):
     """Django's request handler, for handshakes, and what comes after them."""
 
+    #: Seconds that a client has, when its view has ended, to read what waits for it.
+    FLUSH = 5.0
+
     def __init__(self) -> None:
         # Synchronous, unlike ASGIHandler: each of Django's middlewares in async mode
         # hops to a thread and back, the whole chain in sync mode hops once.
@@ -1050,7 +1469,11 @@ class WebSocketHandler(ASGIHandler):
         del response, refuse  # an idle socket has no use for them
         result = await self.run_view(socket, result)
         if socket._refuse is None:
+            if socket._outbox is not None:  # what was broadcast before the end
+                await asyncio.wait([socket._outbox.task], timeout=self.FLUSH)
             await socket.close()
+            if socket._outbox is not None:
+                socket._outbox.task.cancel()
         elif socket._state == "closed":
             # The client left during the handshake; uvicorn logs an error where it gets
             # no answer even so.
@@ -1249,6 +1672,7 @@ def websockets(app: Application) -> Any:
     Wrap what `get_asgi_application()` returned. Each handshake passes
     `settings.MIDDLEWARE`, of which this makes instances of its own.
     """
+    _options()  # what is wrong in WEBSOCKETS, at the start and not at the first join()
     handler = WebSocketHandler()
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:

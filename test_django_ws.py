@@ -22,6 +22,7 @@ import logging
 import os
 import pathlib
 import re
+import selectors
 import shutil
 import signal
 import socket as sockets
@@ -45,6 +46,7 @@ from django.core import signals
 from django.core.asgi import get_asgi_application
 from django.core.exceptions import (
     BadRequest,
+    ImproperlyConfigured,
     PermissionDenied,
     SuspiciousOperation,
 )
@@ -107,6 +109,8 @@ from django_ws import (  # noqa: E402
     SendEvent,
     WebSocket,
     WebSocketDisconnect,
+    broadcast,
+    close_group,
     re_websocket,
     websocket,
     websockets,
@@ -323,6 +327,19 @@ HANDSHAKE = (
     b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
+
+
+def open_raw(port: int, path: str = "/ws/") -> sockets.socket:
+    """Open a WebSocket by hand and return its socket after the server's answer."""
+    raw = sockets.create_connection(("127.0.0.1", port))
+    raw.sendall(HANDSHAKE.replace(b"/ws/", path.encode()))
+    raw.recv(1000)
+    return raw
+
+
+def frame(opcode: int, data: bytes) -> bytes:
+    """A client's frame, masked with zeros (RFC 6455, section 5.2)."""
+    return bytes([0x80 | opcode, 0x80 | len(data), 0, 0, 0, 0]) + data
 
 
 class Drive:
@@ -3501,20 +3518,969 @@ class TestPostgres:
                 assert connection_count(postgres) <= 2
 
 
+# Groups
+
+
+def serve_all(count: int, view: Any, client: Any, **overrides: Any) -> list[Live]:
+    """Serve `count` connections by `view` on one loop while `client(lives)` runs."""
+    lives = [Live() for _ in range(count)]
+
+    async def main() -> None:
+        application: Any = websockets(no_http)
+        async with asyncio.timeout(50):
+            for live in lives:
+                live.queue.put_nowait(CONNECT)
+                live.task = asyncio.create_task(
+                    application(live.scope, live.receive, live.send)
+                )
+            await client(lives)
+            for live in lives:
+                live.queue.put_nowait(GONE)
+            await asyncio.wait([live.task for live in lives])
+        assert not django_ws._Groups.loops  # nobody is left in any group
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    overrides.setdefault("ROOT_URLCONF", urlconf(websocket("ws/", view)))
+    with override_settings(**overrides):
+        asyncio.run(main())
+    return lives
+
+
+async def member(socket: WebSocket) -> None:
+    await socket.accept()
+    await socket.join("room")
+    await socket.send_text("joined")
+    async for message in socket.iter_text():
+        await broadcast("room", message)
+
+
+def messages(live: Live) -> list[Any]:
+    """What was sent on a connection after "joined"."""
+    kept = [event for event in live.sent if event["type"] == "websocket.send"]
+    return [event.get("text", event.get("bytes")) for event in kept[1:]]
+
+
+async def all_joined(lives: list[Live]) -> None:
+    for live in lives:
+        await live.until(lambda: len(live.sent) > 1)
+
+
+class TestGroups:
+    def test_a_broadcast_reaches_every_member(self) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            lives[0].queue.put_nowait(text("hello"))
+            for live in lives:
+                await live.until(lambda: messages(live) == ["hello"])
+
+        serve_all(5, member, client)
+
+    def test_text_bytes_and_json_encoded_once(self, monkeypatch: Any) -> None:
+        encoded: list[Any] = []
+        encode = django_ws._encode_json
+
+        def counting(data: Any) -> str:
+            encoded.append(data)
+            return encode(data)
+
+        monkeypatch.setattr(django_ws, "_encode_json", counting)
+        sent = ["é", b"\x00", bytearray(b"a"), memoryview(b"b"), {"a": [1]}, None, 5]
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            for message in sent:
+                await broadcast("room", message)
+
+        expected = ["é", b"\x00", b"a", b"b", '{"a":[1]}', "null", "5"]
+        for live in serve_all(3, member, client):
+            assert messages(live) == expected
+        assert encoded == [{"a": [1]}, None, 5]
+
+    def test_what_cannot_be_sent_is_the_callers_error(self) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            for bad, error in (
+                (object(), TypeError),
+                (float("nan"), ValueError),
+                ("\ud800", ValueError),
+            ):
+                with pytest.raises(error):
+                    await broadcast("room", bad)
+            group: Any
+            for group in (5, None, b"room"):
+                with pytest.raises(TypeError, match="name is a str"):
+                    await broadcast(group, "x")
+                with pytest.raises(TypeError, match="name is a str"):
+                    await close_group(group)
+            with pytest.raises(ValueError, match="no close code"):
+                await close_group("room", 1005)
+            with pytest.raises(ValueError, match="123 bytes"):
+                await close_group("room", 1000, "x" * 124)
+
+        for live in serve_all(1, member, client):
+            assert messages(live) == []
+
+    def test_join_needs_an_accepted_socket(self) -> None:
+        async def view(socket: Any) -> None:
+            with pytest.raises(RuntimeError, match="call accept.. before join"):
+                await socket.join("room")
+            await socket.accept()
+            with pytest.raises(TypeError, match="name is a str"):
+                await socket.join(5)
+            await socket.join("room")
+            await socket.join("room")
+            await broadcast("room", "once")
+            await socket.leave("room")
+            await socket.leave("room")
+            await socket.leave("elsewhere")
+            await broadcast("room", "never")
+            await socket.join("again")
+            await socket.close()
+            with pytest.raises(WebSocketDisconnect):
+                await socket.join("room")
+            await socket.leave("again")
+            assert not django_ws._Groups.loops
+
+        texts = [event.get("text") for event in Drive().run(view)]
+        assert texts == [None, "once", None]
+
+    @pytest.mark.parametrize(
+        "group", ["", "é 🙂", "a:b*?[c]", "\n", "\ud800", "x" * 9999]
+    )
+    def test_a_groups_name_is_any_text(self, group: str) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join(group)
+            await broadcast(group, "here")
+            await broadcast(f"{group}.", "elsewhere")
+
+        assert [e.get("text") for e in Drive().run(view)] == [None, "here", None]
+
+    @pytest.mark.parametrize(
+        "end", ["returns", "raises", "closes", "gone", "cancelled"]
+    )
+    def test_leaving_is_automatic(self, end: str, caplog: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("one")
+            await socket.join("two")
+            assert django_ws._Groups.loops
+            if end == "raises":
+                raise ValueError
+            if end == "closes":
+                await socket.close()
+            if end in ("gone", "cancelled"):
+                await socket.receive_text()
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            await asyncio.sleep(0.01)
+            if end == "cancelled":
+                live.task.cancel()
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert not django_ws._Groups.loops
+
+    def test_a_member_in_trouble_troubles_nobody_else(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            lives[0].error = OSError("gone")
+            lives[1].error = RuntimeError("closed")
+            lives[2].error = KeyError("a server's bug")
+            await broadcast("room", "a")
+            for live in lives[:3]:
+                await asyncio.wait([live.task])
+                live.error = None
+            await broadcast("room", "b")
+
+        lives = serve_all(5, member, client)
+        assert [messages(live) for live in lives] == [[]] * 3 + [["a", "b"]] * 2
+        [record] = caplog.records
+        assert record.exc_info and isinstance(record.exc_info[1], KeyError)
+
+    def test_members_that_leave_while_a_broadcast_is_under_way(self) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            sending = asyncio.create_task(broadcast("room", "x"))
+            await asyncio.sleep(0)
+            for live in lives[::2]:
+                live.queue.put_nowait(GONE)
+            await sending
+            await asyncio.wait([live.task for live in lives[::2]])
+            await broadcast("room", "y")
+
+        lives = serve_all(500, member, client)
+        assert all(messages(live) == ["x", "y"] for live in lives[1::2])
+
+    def test_a_group_of_ten_thousand(self) -> None:
+        sent = 0
+
+        class Counting:
+            def __init__(self) -> None:
+                self.queue: asyncio.Queue[Any] = asyncio.Queue()
+
+            async def send(self, event: Any) -> None:
+                nonlocal sent
+                sent += event.get("text") == "x"
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.receive_text()
+
+        async def main() -> None:
+            application: Any = websockets(no_http)
+            ends = [Counting() for _ in range(10_000)]
+            scope = Drive().scope
+            tasks = []
+            for end in ends:
+                end.queue.put_nowait(CONNECT)
+                tasks.append(
+                    asyncio.create_task(application(scope, end.queue.get, end.send))
+                )
+
+            def members() -> int:
+                groups = django_ws._Groups.loops.get(asyncio.get_running_loop())
+                return len(groups.members.get("room", ())) if groups else 0
+
+            async with asyncio.timeout(50):
+                while members() < 10_000:
+                    await asyncio.sleep(0.05)
+                await broadcast("room", "x")
+                await close_group("room", 4000)
+                await asyncio.wait(tasks)
+
+        with override_settings(ROOT_URLCONF=urlconf(websocket("ws/", view))):
+            asyncio.run(main())
+        assert sent == 10_000
+        assert not django_ws._Groups.loops
+
+
+class TestCloseGroup:
+    @pytest.mark.parametrize("what", ["reads", "sleeps", "child reads"])
+    def test_it_ends_every_socket_and_its_view(self, what: str) -> None:
+        ends: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            try:
+                if what == "reads":
+                    await socket.receive_text()
+                elif what == "sleeps":
+                    await asyncio.sleep(3600)
+                else:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(socket.receive_text())
+                        group.create_task(asyncio.sleep(3600))
+            except WebSocketDisconnect as error:
+                ends.append((error.code, error.reason))
+                raise
+            except asyncio.CancelledError:
+                ends.append("cancelled")
+                raise
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            await broadcast("room", "last words")
+            await close_group("room", 4001, "logged out")
+            await asyncio.wait([live.task for live in lives])
+
+        lives = serve_all(3, view, client)
+        for live in lives:
+            assert messages(live) == ["last words"]
+            close = {"type": "websocket.close", "code": 4001, "reason": "logged out"}
+            assert live.sent[-1] == close
+            assert live.task.exception() is None
+        assert ends == [(4001, "logged out") if what == "reads" else "cancelled"] * 3
+
+    def test_a_view_may_close_its_own_group(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await close_group("room", 4002)
+            with pytest.raises(WebSocketDisconnect) as caught:
+                await socket.receive_text()
+            assert caught.value.code == 4002
+            await asyncio.sleep(0.05)
+            steps.append("cleaned up")
+
+        steps: list[str] = []
+        assert Drive().run(view)[-1]["code"] == 4002
+        assert steps == ["cleaned up"]
+
+    def test_somebody_elses_cancellation_is_not_swallowed(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            await close_group("room")
+            lives[0].task.cancel()
+            await asyncio.wait([lives[0].task])
+
+        [live] = serve_all(1, view, client)
+        assert live.task.cancelled()
+
+    def test_on_the_wire(self, ws: str, caplog: pytest.LogCaptureFixture) -> None:
+        with serve(member, ws=ws) as server, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(server.dial()) for _ in range(3)]
+            for client in clients:
+                assert client.recv(10) == "joined"
+            # From a thread without an event loop, as a signal's receiver is.
+            async_to_sync(broadcast)("room", "bye")
+            async_to_sync(close_group)("room", 4001, "logged out")
+            for client in clients:
+                assert client.recv(10) == "bye"
+                with pytest.raises(ConnectionClosed) as caught:
+                    client.recv(10)
+                assert caught.value.rcvd is not None
+                assert caught.value.rcvd.code == 4001
+                assert caught.value.rcvd.reason == "logged out"
+        assert quiet(caplog)
+
+
+class Slow(Live):
+    """A client that reads when the test lets it: the server's send waits until then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = asyncio.Event()
+        self.reads.set()
+
+    async def send(self, event: dict[str, Any]) -> None:
+        await self.reads.wait()
+        await super().send(event)
+
+
+def serve_slow(view: Any, client: Any, **overrides: Any) -> Slow:
+    slow = Slow()
+    slow.play(view, client, **overrides)
+    return slow
+
+
+class TestOutbox:
+    def test_what_waits_arrives_in_order_when_the_client_reads(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            for number in range(50):
+                await broadcast("room", str(number))
+            assert messages(slow) == []
+            slow.reads.set()
+            await slow.until(lambda: len(messages(slow)) == 50)
+            await broadcast("room", "direct")
+            slow.queue.put_nowait(GONE)
+
+        slow = serve_slow(member, client)
+        assert messages(slow) == [*map(str, range(50)), "direct"]
+
+    @pytest.mark.parametrize("bound", [5, 100])
+    def test_one_that_overflows_is_closed_with_1013(self, bound: int) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            # One is with the server, `bound` wait: there is no room for another.
+            for number in range(bound):
+                await broadcast("room", str(number))
+            assert not slow.task.done()
+            start = time.monotonic()
+            await broadcast("room", "too much")
+            assert time.monotonic() - start < 0.5
+            await broadcast("room", "nobody")
+            await asyncio.sleep(0.1)
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        options = {"WEBSOCKETS": {"OUTBOX": bound}} if bound != 100 else {}
+        slow = serve_slow(member, client, **options)
+        assert messages(slow) == ["0"]
+        assert slow.sent[-1]["code"] == 1013
+        assert slow.task.exception() is None
+
+    def test_one_that_never_reads_again_does_not_keep_its_socket(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert django_ws.WebSocketHandler.FLUSH == 5
+        monkeypatch.setattr(django_ws.WebSocketHandler, "FLUSH", 0.05)
+
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            for number in range(7):
+                await broadcast("room", str(number))
+            await asyncio.wait([slow.task])
+
+        serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5})
+
+    def test_a_client_that_reads_is_waited_for_a_moment(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            asyncio.get_running_loop().call_later(0.01, slow.reads.set)
+            for number in range(1000):
+                await broadcast("room", str(number))
+            await slow.until(lambda: len(messages(slow)) == 1000)
+            slow.queue.put_nowait(GONE)
+
+        slow = serve_slow(member, client)
+        assert messages(slow) == [*map(str, range(1000))]
+
+    def test_a_close_waits_for_what_was_broadcast_before(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            await broadcast("room", "a")
+            await broadcast("room", "b")
+            await close_group("room", 4003)
+            await broadcast("room", "never")
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        slow = serve_slow(member, client)
+        assert messages(slow) == ["a", "b"]
+        assert slow.sent[-1]["code"] == 4003
+
+    def test_the_end_of_a_view_waits_for_what_was_broadcast_before(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            await broadcast("room", "a")
+            await broadcast("room", "b")
+            asyncio.get_running_loop().call_later(0.05, slow.reads.set)
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Slow()
+        slow.play(view, client)
+        assert messages(slow) == ["a", "b"]
+        assert slow.sent[-1]["code"] == 1000
+
+    def test_a_failure_while_something_waits(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            await broadcast("room", "a")
+            await broadcast("room", "b")
+            slow.error = OSError()
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        slow = serve_slow(member, client)
+        assert messages(slow) == [] and slow.task.exception() is None
+
+    def test_a_thousand_in_a_row_reach_every_member_that_reads(
+        self, ws: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            async for size in socket.iter_json():
+                for number in range(1000):
+                    await broadcast("room", f"{number} " + "x" * size)
+
+        with serve(view, ws=ws) as server, contextlib.ExitStack() as stack:
+            clients = [
+                stack.enter_context(server.dial(max_queue=None)) for _ in range(4)
+            ]
+            for client in clients:
+                assert client.recv(10) == "joined"
+            for size in (10, 10_000):
+                clients[0].send(str(size))
+                for client in clients:
+                    got = [str(client.recv(20)).split()[0] for _ in range(1000)]
+                    assert got == [str(number) for number in range(1000)]
+        assert quiet(caplog)
+
+
+ROOM_APPLICATION = """
+import asyncio, os, resource
+from django.conf import settings
+settings.configure(
+    SECRET_KEY="x", ALLOWED_HOSTS=["*"], ROOT_URLCONF="room",
+    WEBSOCKETS={k: v for k, v in {
+        "REDIS_URL": os.environ.get("REDIS", ""),
+        "PREFIX": os.environ.get("PREFIX", "tests"),
+    }.items()},
+)
+from asgiref.sync import async_to_sync
+from django.core.asgi import get_asgi_application
+from django.http import HttpResponse
+from django.urls import path
+from django_ws import broadcast, websocket, websockets
+
+
+async def room(socket):
+    await socket.accept()
+    await socket.join("room")
+    await socket.send_text(f"joined {os.getpid()}")
+    async for message in socket:
+        if message == "memory":
+            await socket.send_json(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        else:
+            await broadcast("room", message)
+
+
+async def counting(socket):
+    await socket.accept()
+    await socket.receive_text()
+    for number in range(10_000):
+        await broadcast("room", {"number": number})
+    await socket.send_text("done")
+
+
+async def echo(socket):
+    await socket.accept()
+    async for message in socket:
+        await socket.send_text(message)
+
+
+async def ticking(socket):
+    await socket.accept()
+    await socket.receive_text()
+    for number in range(60):
+        await broadcast("room", str(number))
+        await asyncio.sleep(0.05)
+
+
+def announce(request):
+    try:
+        async_to_sync(broadcast)("room", {"sync": request.GET["text"]})
+    except Exception as error:
+        return HttpResponse(f"{type(error).__module__}.{type(error).__name__}")
+    return HttpResponse("announced")
+
+
+urlpatterns = [
+    websocket("room/", room), websocket("count/", counting), websocket("echo/", echo),
+    websocket("tick/", ticking), path("announce/", announce),
+]
+application = websockets(get_asgi_application())
+"""
+
+
+@contextlib.contextmanager
+def room_server(
+    directory: pathlib.Path, *options: str, **environment: str
+) -> Iterator[Process]:
+    (directory / "room.py").write_text(ROOM_APPLICATION)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with Process(directory, *UVICORN, *options, "room:application") as server:
+            yield server
+
+
+class TestCrowds:
+    @pytest.mark.parametrize("implementation", ["websockets-sansio", "wsproto"])
+    def test_a_slow_client_delays_nobody(
+        self, tmp_path: pathlib.Path, implementation: str
+    ) -> None:
+        if not importlib.util.find_spec("wsproto"):
+            missing("wsproto")
+        options = ("--ws", implementation, "--ws-per-message-deflate", "false")
+        with room_server(tmp_path, *options) as server:
+            with contextlib.ExitStack() as stack:
+                others = [stack.enter_context(server.dial("/room/")) for _ in range(3)]
+                for client in others:
+                    client.recv(10)
+                slow = stack.enter_context(open_raw(server.port, "/room/"))
+                late = []
+                for number in range(600):
+                    message = f"{number} " + "x" * 50_000
+                    start = time.monotonic()
+                    others[0].send(message)
+                    for client in others:
+                        assert client.recv(10) == message
+                    late.append(time.monotonic() - start)
+                assert max(late) < 0.5
+                others[0].send("memory")
+                assert json.loads(others[0].recv(10)) < 250_000  # KiB
+                slow.settimeout(10)
+                received = b""
+                while part := slow.recv(2**20):
+                    received = received[-200:] + part
+                assert struct.pack("!H", 1013) + b"reads too slowly" in received
+        assert "Traceback" not in server.log.read_text()
+
+    def test_broadcasts_to_two_thousand_do_not_starve_others(
+        self, tmp_path: pathlib.Path
+    ) -> None:
+        drained = threading.Event()
+        options = ("--ws-per-message-deflate", "false")
+        with room_server(tmp_path, *options) as server, contextlib.ExitStack() as stack:
+            crowd = [
+                stack.enter_context(open_raw(server.port, "/room/"))
+                for _ in range(2000)
+            ]
+
+            def drain() -> None:
+                with selectors.DefaultSelector() as selector:
+                    for raw in crowd:
+                        selector.register(raw, selectors.EVENT_READ)
+                    while not drained.is_set():
+                        for key, _ in selector.select(0.1):
+                            key.fileobj.recv(2**16)  # type: ignore[union-attr]
+
+            thread = threading.Thread(target=drain)
+            thread.start()
+            try:
+                client = stack.enter_context(server.dial("/echo/"))
+                ticking = stack.enter_context(server.dial("/tick/"))
+                ticking.send("go")
+                times = []
+                deadline = time.monotonic() + 3
+                while time.monotonic() < deadline:
+                    start = time.monotonic()
+                    client.send("x")
+                    client.recv(10)
+                    times.append(time.monotonic() - start)
+                    time.sleep(0.005)
+            finally:
+                drained.set()
+                thread.join()
+        times.sort()
+        assert times[int(len(times) * 0.99)] < 0.25
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"REDIS": "redis://"}, "there are only REDIS_URL, PREFIX, OUTBOX"),
+            ({"OUTBOX": "100"}, "WEBSOCKETS\\['OUTBOX'\\] must be int"),
+            ({"OUTBOX": True}, "WEBSOCKETS\\['OUTBOX'\\] must be int"),
+            ({"OUTBOX": 0}, "must be 1 or more"),
+            ({"REDIS_URL": None}, "WEBSOCKETS\\['REDIS_URL'\\] must be str"),
+            ({"PREFIX": b"x"}, "WEBSOCKETS\\['PREFIX'\\] must be str"),
+            (["REDIS_URL"], "must be a dict"),
+        ],
+    )
+    def test_what_is_wrong_is_said_at_the_start(
+        self, options: Any, message: str
+    ) -> None:
+        with override_settings(WEBSOCKETS=options):
+            with pytest.raises(ImproperlyConfigured, match=message):
+                websockets(no_http)
+
+    def test_a_missing_package_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with override_settings(WEBSOCKETS={"REDIS_URL": "redis://127.0.0.1"}):
+            with pytest.raises(ImproperlyConfigured, match="pip install redis"):
+                websockets(no_http)
+
+
+# Groups on a real Redis
+
+
+class Redis:
+    """A redis-server of the tests' own, which can be killed and started again."""
+
+    def __init__(self, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.command = [
+            "redis-server",
+            "--port",
+            str(self.port),
+            "--save",
+            "",
+            *options,
+        ]
+        self.start()
+
+    def start(self) -> None:
+        quietly: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(self.command, **quietly)
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError):
+                sockets.create_connection(("127.0.0.1", self.port)).close()
+                return True
+            return False
+
+        wait_for(answers)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def ask(self, *words: str) -> str:
+        command = ["redis-cli", "-p", str(self.port), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def redis() -> Iterator[Redis]:
+    if not shutil.which("redis-server"):
+        missing("redis-server")
+    if not importlib.util.find_spec("redis"):
+        missing("redis-py")
+    server = Redis()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def sites(redis: Redis, tmp_path: pathlib.Path) -> Iterator[list[Process]]:
+    """Two uvicorns with two workers each, on one Redis."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                room_server(tmp_path, "--workers", "2", REDIS=redis.url)
+            )
+            for _ in range(2)
+        ]
+
+
+def join_all(sites: list[Process], stack: contextlib.ExitStack) -> Any:
+    """Members in every worker process, one each."""
+    found: dict[str, ClientConnection] = {}
+    deadline = time.monotonic() + 20
+    while len(found) < 4:
+        assert time.monotonic() < deadline, "not every worker got a connection"
+        for site in sites:
+            client = stack.enter_context(server_dial(site))
+            found.setdefault(str(client.recv(10)), client)
+    return list(found.values())
+
+
+def server_dial(site: Process) -> ClientConnection:
+    return site.dial("/room/", max_queue=None)
+
+
+class TestRedis:
+    def test_text_binary_and_json_cross_all_processes(
+        self, redis: Redis, sites: list[Process]
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            clients = join_all(sites, stack)
+            for message in ("é", b"\x00\xff", ""):
+                clients[0].send(message)
+                for client in clients:
+                    assert client.recv(10) == message
+            # From a synchronous view.
+            assert sites[1].get("/announce/?text=hi").body == b"announced"
+            for client in clients:
+                assert json.loads(client.recv(10)) == {"sync": "hi"}
+            # From a plain script, which leaves nothing behind.
+            script = (
+                "import warnings; warnings.simplefilter('error')\n"
+                "import room, threading, django_ws\n"
+                "from asgiref.sync import async_to_sync\n"
+                "for n in range(3):\n"
+                "    async_to_sync(django_ws.broadcast)('room', {'n': n})\n"
+                "assert not django_ws._Groups.loops\n"
+            )
+            environment = {**os.environ, "PYTHONPATH": str(HERE), "REDIS": redis.url}
+            before = redis.ask("client", "list").count("\n")
+            run = subprocess.run(
+                [sys.executable, "-c", script],
+                cwd=sites[0].directory,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert (run.returncode, run.stderr) == (0, "")
+            for client in clients:
+                for n in range(3):
+                    assert json.loads(client.recv(10)) == {"n": n}
+            assert redis.ask("client", "list").count("\n") <= before
+            # One subscriber in each process, on just this group.
+            subscribers = redis.ask("pubsub", "numsub", "tests:room")
+            assert subscribers.split() == ["tests:room", "4"]
+            assert redis.ask("pubsub", "channels").split() == ["tests:room"]
+        # Groups without sockets cost nothing.
+        wait_for(lambda: not redis.ask("pubsub", "channels").strip())
+
+    def test_ten_thousand_messages_in_order(self, sites: list[Process]) -> None:
+        with contextlib.ExitStack() as stack:
+            clients = join_all(sites, stack)
+            counter = stack.enter_context(sites[0].dial("/count/"))
+            counter.send("go")
+            for client in clients:
+                got = [json.loads(client.recv(30))["number"] for _ in range(10_000)]
+                assert got == [*range(10_000)]
+            assert counter.recv(10) == "done"
+
+    def test_redis_goes_away_and_comes_back(
+        self, redis: Redis, tmp_path: pathlib.Path
+    ) -> None:
+        with room_server(tmp_path, REDIS=redis.url) as site:
+            with contextlib.ExitStack() as stack:
+                listener = stack.enter_context(server_dial(site))
+                listener.recv(10)
+                redis.stop()
+                wait_for(lambda: "Redis is away" in site.log.read_text())
+                answer = site.get("/announce/?text=lost").body
+                assert answer == b"redis.exceptions.ConnectionError"
+                redis.start()
+                wait_for(lambda: "Redis is back" in site.log.read_text(), 20)
+                assert site.get("/announce/?text=again").body == b"announced"
+                assert json.loads(listener.recv(10)) == {"sync": "again"}
+                late = stack.enter_context(server_dial(site))
+                late.recv(10)
+                assert site.get("/announce/?text=all").body == b"announced"
+                for client in (listener, late):
+                    assert json.loads(client.recv(10)) == {"sync": "all"}
+        assert site.log.read_text().count("Redis is away") == 1
+
+    def test_a_prefix_keeps_two_sites_apart(
+        self, redis: Redis, tmp_path: pathlib.Path
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            one, two = (
+                stack.enter_context(
+                    room_server(tmp_path, REDIS=redis.url, PREFIX=prefix)
+                )
+                for prefix in ("one", "two")
+            )
+            clients = [stack.enter_context(server_dial(site)) for site in (one, two)]
+            for client in clients:
+                client.recv(10)
+            one.get("/announce/?text=one")
+            two.get("/announce/?text=two")
+            for client, word in zip(clients, ("one", "two")):
+                assert json.loads(client.recv(10)) == {"sync": word}
+
+    def test_urls_are_redis_pys(self, tmp_path: pathlib.Path) -> None:
+        if not shutil.which("redis-server"):
+            missing("redis-server")
+        path_ = tmp_path / "redis.sock"
+        server = Redis("--unixsocket", str(path_), "--requirepass", "secret")
+        try:
+            for url in (
+                f"redis://:secret@127.0.0.1:{server.port}/0",
+                f"unix://:secret@{path_}",
+            ):
+                with room_server(tmp_path, REDIS=url) as site:
+                    with server_dial(site) as client:
+                        client.recv(10)
+                        client.send("hi")
+                        assert client.recv(10) == "hi"
+        finally:
+            server.stop()
+
+    def test_what_is_no_message_of_ours_is_named_and_left(
+        self, redis: Redis, tmp_path: pathlib.Path
+    ) -> None:
+        with room_server(tmp_path, REDIS=redis.url) as site:
+            with server_dial(site) as client:
+                client.recv(10)
+                redis.ask("publish", "tests:room", "c-rubbish")
+                redis.ask("publish", "tests:room", "tgood")
+                assert client.recv(10) == "good"
+        assert "No message of django_ws" in site.log.read_text()
+
+
+def redis_settings(redis: Redis) -> dict[str, Any]:
+    return {"WEBSOCKETS": {"REDIS_URL": redis.url, "PREFIX": "here"}}
+
+
+class TestRedisHere:
+    """The same on hand-driven connections, for what has to be exact."""
+
+    def test_it_does_what_groups_do(self, redis: Redis) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            for message in ("a", b"b", {"c": 1}):
+                await broadcast("room", message)
+            await close_group("room", 4001, "the end é")
+            await asyncio.wait([live.task for live in lives])
+            await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
+
+        for live in serve_all(3, member, client, **redis_settings(redis)):
+            assert messages(live) == ["a", b"b", '{"c":1}']
+            assert live.sent[-1]["code"] == 4001
+            assert live.sent[-1]["reason"] == "the end é"
+
+    def test_groups_come_and_go(self, redis: Redis) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            for number in range(30):
+                await socket.join("stays")
+                await socket.join(f"group {number % 3}")
+                await broadcast(f"group {number % 3}", str(number))
+                assert await got.get() == str(number)
+                await socket.leave(f"group {number % 3}")
+            await socket.leave("stays")
+            while len(asyncio.all_tasks()) > 2:
+                await asyncio.sleep(0.001)
+
+        got: asyncio.Queue[str] = asyncio.Queue()
+
+        class Putting(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                await super().send(event)
+                if "text" in event:
+                    got.put_nowait(event["text"])
+
+        async def client(live: Live) -> None:
+            pass
+
+        Putting().play(view, client, **redis_settings(redis))
+        assert not redis.ask("pubsub", "channels").strip()
+
+    def test_joining_while_redis_is_away_waits_for_it(
+        self, redis: Redis, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        redis.stop()
+
+        async def client(lives: list[Live]) -> None:
+            await lives[0].until(lambda: "Redis is away" in caplog.text)
+            assert len(lives[0].sent) == 1  # accepted, not joined
+            from redis.exceptions import ConnectionError as RedisConnectionError
+
+            with pytest.raises(RedisConnectionError):
+                await broadcast("room", "lost")
+            await asyncio.to_thread(redis.start)
+            await all_joined(lives)
+            await broadcast("room", "here")
+            for live in lives:
+                await live.until(lambda: messages(live) == ["here"])
+            for live in lives:
+                live.queue.put_nowait(GONE)
+            await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
+
+        serve_all(2, member, client, **redis_settings(redis))
+
+    def test_silence_is_broken_by_a_ping(
+        self,
+        redis: Redis,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(django_ws._RedisGroups, "SILENCE", 0.1)
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            await asyncio.sleep(0.5)
+            assert quiet(caplog)
+            redis.process.send_signal(signal.SIGSTOP)  # there, but mute
+            await lives[0].until(lambda: "does not answer" in caplog.text)
+            redis.process.send_signal(signal.SIGCONT)
+            await lives[0].until(lambda: "Redis is back" in caplog.text)
+            await broadcast("room", "here")
+            await lives[0].until(lambda: messages(lives[0]) == ["here"])
+            lives[0].queue.put_nowait(GONE)
+            await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
+
+        serve_all(1, member, client, **redis_settings(redis))
+
+
 # Over time, and from outside
-
-
-def open_raw(port: int, path: str = "/ws/") -> sockets.socket:
-    """Open a WebSocket by hand and return its socket after the server's answer."""
-    raw = sockets.create_connection(("127.0.0.1", port))
-    raw.sendall(HANDSHAKE.replace(b"/ws/", path.encode()))
-    raw.recv(1000)
-    return raw
-
-
-def frame(opcode: int, data: bytes) -> bytes:
-    """A client's frame, masked with zeros (RFC 6455, section 5.2)."""
-    return bytes([0x80 | opcode, 0x80 | len(data), 0, 0, 0, 0]) + data
 
 
 class TestSoak:
@@ -4160,10 +5126,39 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
+def readme_project(directory: pathlib.Path) -> list[str]:
+    """Make the project of README's blocks; return the sessions of two users."""
+    project = start_project(directory)
+    (project / "urls.py").unlink()
+    for block in readme_blocks("python"):
+        name = re.match(r"# project_name/(\w+\.py)", block)
+        if name:
+            with (project / name[1]).open("a") as file:
+                file.write(block)
+    manage = [sys.executable, "manage.py"]
+    subprocess.run([*manage, "migrate", "-v0"], cwd=directory, check=True)
+    login = (
+        "from django.contrib.auth.models import User\n"
+        "from django.test import Client\n"
+        "for staff in (False, True):\n"
+        "    user = User.objects.create_user(f'ann{staff}', is_staff=staff)\n"
+        "    client = Client()\n"
+        "    client.force_login(user)\n"
+        "    print(client.cookies['sessionid'].value)\n"
+    )
+    return subprocess.run(
+        [*manage, "shell", "-v0", "-c", login],
+        cwd=directory,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+
+
 class TestReadme:
     def test_every_python_block_names_its_file(self) -> None:
         for block in readme_blocks("python"):
-            assert re.match(r"# (hello|project_name/(asgi|urls|views))\.py", block)
+            assert re.match(r"# (hello|chat|project_name/\w+)\.py", block)
 
     def test_the_shortest_program(self, tmp_path: pathlib.Path) -> None:
         [program] = [b for b in readme_blocks("python") if b.startswith("# hello.py")]
@@ -4174,31 +5169,7 @@ class TestReadme:
                 assert client.recv(10) == "hi"
 
     def test_the_project_that_its_blocks_make(self, tmp_path: pathlib.Path) -> None:
-        project = start_project(tmp_path)
-        (project / "urls.py").unlink()
-        for block in readme_blocks("python"):
-            name = re.match(r"# project_name/(\w+\.py)", block)
-            if name:
-                with (project / name[1]).open("a") as file:
-                    file.write(block)
-        manage = [sys.executable, "manage.py"]
-        subprocess.run([*manage, "migrate", "-v0"], cwd=tmp_path, check=True)
-        login = (
-            "from django.contrib.auth.models import User\n"
-            "from django.test import Client\n"
-            "for staff in (False, True):\n"
-            "    user = User.objects.create_user(f'ann{staff}', is_staff=staff)\n"
-            "    client = Client()\n"
-            "    client.force_login(user)\n"
-            "    print(client.cookies['sessionid'].value)\n"
-        )
-        ann, staff = subprocess.run(
-            [*manage, "shell", "-v0", "-c", login],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.split()
+        ann, staff = readme_project(tmp_path)
         application = "project_name.asgi:application"
         with Process(tmp_path, *UVICORN, application) as server:
 
@@ -4233,8 +5204,83 @@ class TestReadme:
             assert caught.value.rcvd.code == 1003
             assert json.loads(first("/room/lobby/", ann)) == {"room": "lobby"}
             assert refused("/room/lobby/") == 302
+            headers = {"Cookie": f"sessionid={ann}"}
+            with server.dial("/notifications/", additional_headers=headers) as client:
+                wait_for(lambda: b"1" in server.get("/order/", **headers).body)
+                assert json.loads(client.recv(10)) == {"text": "ordered"}
             wait_for(lambda: "closed with 1003" in server.log.read_text())
         assert "Internal Server Error" not in server.log.read_text()
+
+    def test_logging_out_closes_the_sockets_in_every_process(
+        self, redis: Redis, tmp_path: pathlib.Path
+    ) -> None:
+        session, _ = readme_project(tmp_path)
+        project = tmp_path / "project_name"
+        with (project / "settings.py").open("a") as file:
+            file.write(f"WEBSOCKETS['REDIS_URL'] = {redis.url!r}\n")
+        with (project / "urls.py").open("a") as file:
+            file.write(
+                "from django.contrib.auth import logout\n"
+                "from django.http import HttpResponse\n"
+                "def out(request):\n"
+                "    logout(request)\n"
+                "    return HttpResponse('out')\n"
+                "urlpatterns.append(path('out/', out))\n"
+            )
+        headers = {"Cookie": f"sessionid={session}"}
+        application = "project_name.asgi:application"
+        with contextlib.ExitStack() as stack:
+            one, two = (
+                stack.enter_context(Process(tmp_path, *UVICORN, application))
+                for _ in range(2)
+            )
+            clients = [
+                stack.enter_context(
+                    site.dial("/notifications/", additional_headers=headers)
+                )
+                for site in (one, two)
+            ]
+            wait_for(lambda: "2" in redis.ask("pubsub", "numsub", "myproject:user-1"))
+            assert one.get("/out/", **headers).body == b"out"
+            for client in clients:
+                with pytest.raises(ConnectionClosed) as caught:
+                    client.recv(10)
+                assert caught.value.rcvd is not None
+                assert caught.value.rcvd.code == 4001
+                assert caught.value.rcvd.reason == "logged out"
+            assert one.handshake("/notifications/", **headers).status == 302
+
+    def test_the_chat_in_two_tabs(self, browser: Any, tmp_path: pathlib.Path) -> None:
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        [program] = [b for b in readme_blocks("python") if b.startswith("# chat.py")]
+        (tmp_path / "chat.py").write_text(program)
+        with Process(tmp_path, *UVICORN, "chat:application") as server:
+            address = f"http://127.0.0.1:{server.port}/"
+            tabs = []
+            for _ in range(2):
+                browser.switch_to.new_window("tab")
+                browser.get(address)
+                wait_for(
+                    lambda: browser.execute_script("return socket.readyState") == 1
+                )
+                tabs.append(browser.current_window_handle)
+            for number, tab in enumerate(tabs):
+                browser.switch_to.window(tab)
+                field = browser.find_element(By.TAG_NAME, "input")
+                field.send_keys(f"hello from {number}", Keys.ENTER)
+                for other in tabs:
+                    browser.switch_to.window(other)
+                    wait_for(
+                        lambda: f"hello from {number}"
+                        in browser.find_element(By.TAG_NAME, "ul").text
+                    )
+            assert not [
+                entry
+                for entry in browser.get_log("browser")
+                if "favicon" not in entry["message"]
+            ]
 
     def test_it_has_the_two_commands(self) -> None:
         commands = [block for block in readme_blocks("sh") if ".venv" in block]
