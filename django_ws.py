@@ -26,6 +26,7 @@ your error pages. Serve it with an ASGI server that speaks WebSocket, for exampl
 
 import asyncio
 import collections
+import contextvars
 import enum
 import importlib.util
 import inspect
@@ -36,7 +37,9 @@ import math
 import os
 import random
 import re
+import sys
 import threading
+import time
 import types
 from collections.abc import (
     AsyncIterator,
@@ -252,6 +255,19 @@ def _json(data: Any) -> str:
     return text
 
 
+def _position(coroutine: Any) -> list[tuple[int, int]]:
+    """Tell where a suspended coroutine, and all that it awaits, stands in its code."""
+    position = []
+    while frame := getattr(coroutine, "cr_frame", None):
+        position.append((id(frame), frame.f_lasti))
+        coroutine = coroutine.cr_await
+    return position
+
+
+# The lease of the socket whose view a task belongs to; child tasks inherit it. Not the
+# socket itself, which timers would keep alive: each holds the context it was made in.
+_current: contextvars.ContextVar[Any] = contextvars.ContextVar("django_ws")
+
 # "answering": accept() or close() has not come back from the server yet.
 _State = Literal["connecting", "answering", "open", "closed"]
 
@@ -287,7 +303,10 @@ class WebSocket:
         "_task",
         "_told",
         "_cancelling",
+        "_view",
         "_hearer",
+        "_position",
+        "_deadline",
         "_waiting",
         "_ahead",
         "_timer",
@@ -316,15 +335,19 @@ class WebSocket:
         self._headers: list[tuple[bytes, bytes]] = []
         self._state: _State = "connecting"
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
-        # The view's task, and how it knows of the end: by an exception or its own
-        # close(), by awaiting a task that has one, or because it was cancelled.
+        # The view's task and coroutine, and how it knows of the end: by an exception or
+        # its own close(), or because it was cancelled.
         self._task: asyncio.Task[Any] | None = None
-        self._told: Literal["", "raised", "elsewhere", "cancelled"] = ""
+        self._view: Any = None
+        self._told: Literal["", "raised", "cancelled"] = ""
         # How often it was cancelled before that. Not always 0: until Python 3.13
         # a TaskGroup that failed leaves one behind.
         self._cancelling = 0
-        # A task of the view's that learned of the end, and may be cleaning up.
+        # A task of the view's that learned of the end and may be cleaning up, and where
+        # the view itself was then: if it has moved on since, it may know, too.
         self._hearer: asyncio.Task[Any] | None = None
+        self._position: list[tuple[int, int]] = []
+        self._deadline = 0.0
         # Whether a task waits in receive(), what reads ahead where none does for
         # a second, and the timer for that second.
         self._waiting = False
@@ -423,10 +446,10 @@ class WebSocket:
             self._left(event)
         return event
 
-    def _watch(self, seconds: float | None = None) -> None:
+    def _watch(self) -> None:
         if self._task is not None:
-            seconds = self.WATCH if seconds is None else seconds
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self.WATCH, self._look)
 
     def _look(self) -> None:
         """See after a view that did not wait for its client just now."""
@@ -434,14 +457,8 @@ class WebSocket:
             self._timer.cancel()
             self._timer = None
         if self._state == "closed":
-            if self._told == "elsewhere":
-                self._told = ""
-                self._watch(self.GRACE)
-            elif self._hearer is not None and not self._hearer.done():
-                self._watch()
-            elif not self._told and self._task is not None:
-                self._told, self._cancelling = "cancelled", self._task.cancelling()
-                self._task.cancel()
+            if not self._told and self._task is not None:
+                self._cancel(self._task)
         elif not self._waiting:
             if self._ahead is None:
                 # One event ahead of the view: it may be the end. Any more would take
@@ -450,6 +467,17 @@ class WebSocket:
                 self._ahead.add_done_callback(self._looked)
             elif self._ahead.done():
                 self._looked(self._ahead)
+
+    def _cancel(self, task: asyncio.Task[Any]) -> None:
+        """Cancel the view, unless it may know of the end and be cleaning up."""
+        now = asyncio.get_running_loop().time()
+        if self._hearer is not None and now < self._deadline:
+            if not self._hearer.done() or self._position != _position(self._view):
+                return self._watch()
+        if task.cancelling() and sys.version_info >= (3, 13):
+            return  # somebody else did
+        self._told, self._cancelling = "cancelled", task.cancelling()
+        task.cancel()
 
     def _looked(self, ahead: asyncio.Future[Event]) -> None:
         if self._task is None or self._waiting or self._ahead is not ahead:
@@ -480,24 +508,22 @@ class WebSocket:
 
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
-        task = asyncio.current_task()
-        if not self._told and task is not None:
-            # asyncio.wait() and wait_for() run a coroutine of this class in a task of
-            # its own, and the task that waits there gets the exception.
-            coroutine: Any = task.get_coro()
+        if not self._told and _current.get(None) is self._lease:
+            task = asyncio.current_task()
             if task is self._task:
                 self._told = "raised"
-            elif coroutine.__qualname__.startswith("WebSocket."):
-                self._told = "elsewhere"
-            else:
-                self._hearer = task
+            elif self._hearer is None:
+                self._hearer, self._position = task, _position(self._view)
+                loop = asyncio.get_running_loop()
+                self._deadline = loop.time() + self.GRACE
         return WebSocketDisconnect(*self._end)
 
     def _stop(self) -> None:
         """Leave nothing behind when the view has ended."""
-        self._task = self._hearer = None
+        self._task = self._hearer = self._view = None
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
         if self._ahead is not None:
             self._ahead.cancel()
         for group in self._groups:
@@ -916,10 +942,9 @@ class _Groups:
 
     def leave(self, group: str, socket: WebSocket) -> None:
         """Remove a socket; an empty group leaves no trace."""
-        if group in self.members:
-            self.members[group].discard(socket)
-            if not self.members[group]:
-                del self.members[group]
+        self.members[group].discard(socket)
+        if not self.members[group]:
+            del self.members[group]
         if not self.members:
             self.loops.pop(asyncio.get_running_loop(), None)
 
@@ -938,12 +963,12 @@ class _Groups:
         full = []
         for count, socket in enumerate(tuple(self.members.get(group, ())), 1):
             if not socket._push(event, self.limit):
-                full.append((socket, socket._outbox))
+                full.append(socket)
             if count % 100 == 0:
                 await asyncio.sleep(0)  # the turn of the sockets outside the group
-        for socket, outbox in full:
-            if outbox is not None:
-                await outbox.make_room(socket, self.limit)
+        for socket in full:
+            if socket._outbox is not None:
+                await socket._outbox.make_room(socket, self.limit)
 
 
 class _RedisGroups(_Groups):
@@ -1288,20 +1313,22 @@ def re_websocket(
 
 
 class _Worker(ThreadPoolExecutor):
-    """One thread of the pool, with the number of sockets that hold it."""
+    """One thread of the pool, the number of sockets that hold it, and their jobs."""
 
     def __init__(self) -> None:
         super().__init__(1, "django_ws")
         self.holders = 0
+        self.jobs: set[Future[Any]] = set()
 
 
 def _reconnect() -> None:
     """Drop the database connections of this thread that are too old or were cut."""
     for connection in connections.all(initialized_only=True):
-        # Makes Django ask the server, so that a restart of the database fails no
-        # query: a WebSocket cannot be asked again as a browser asks for a page.
-        connection.errors_occurred = True
-        connection.close_if_unusable_or_obsolete()
+        if not connection.in_atomic_block:
+            # Makes Django ask the server, so that a restart of the database fails no
+            # query: a WebSocket cannot be asked again as a browser asks for a page.
+            connection.errors_occurred = True
+            connection.close_if_unusable_or_obsolete()
 
 
 def _give_back() -> None:
@@ -1311,7 +1338,8 @@ def _give_back() -> None:
     """
     close_old_connections()
     for connection in connections.all(initialized_only=True):
-        if connection.connection is None:
+        # A transaction that was left open was just cut off, which Django remembers.
+        if connection.connection is None or connection.closed_in_transaction:
             del connections[connection.alias]
 
 
@@ -1334,54 +1362,93 @@ class _Lease(Executor):
 
     def __init__(self) -> None:
         self.worker: _Worker | None = None
-        self.last: Future[Any] | None = None
+        self.jobs: set[Future[Any]] = set()
         self.timer: asyncio.TimerHandle | None = None
-        self.used = 0.0
+        self.used = self.checked = 0.0  # when a job ended, and the connections were
+        self.ended = False  # the socket has ended; a job of it may still run
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `fn` on the thread that this socket holds (concurrent.futures)."""
-        loop = asyncio.get_running_loop()
-        if self.worker is None:
-            with self.lock:
+        with self.lock:
+            if self.worker is None:
                 if not self.free and len(self.workers) < self.SIZE:
                     self.free.append(_Worker())
                     self.workers.extend(self.free)
                 if self.free:
                     self.worker = self.free.pop()
-                    self.worker.submit(_reconnect)
                 else:  # all are taken: share
-                    self.worker = min(self.workers, key=lambda worker: worker.holders)
+                    self.worker = min(
+                        self.workers, key=lambda one: (len(one.jobs), one.holders)
+                    )
                 self.worker.holders += 1
+                self.checked = 0.0
+            worker = self.worker
+        # Before the first job, and now and then for a view that never gives it back.
+        if worker.holders == 1 and not self.jobs:
+            if time.monotonic() - self.checked > self.IDLE:
+                self.checked = time.monotonic()
+                worker.submit(_reconnect)
+        if self.timer is None and not self.ended:
+            loop = asyncio.get_running_loop()
             self.timer = loop.call_later(self.IDLE, self.check)
-        self.used = loop.time()
-        self.last = self.worker.submit(fn, *args, **kwargs)
-        return self.last
+        job = worker.submit(fn, *args, **kwargs)
+        self.jobs.add(job)
+        worker.jobs.add(job)
+        job.add_done_callback(partial(self.done, worker))
+        return job
+
+    def done(self, worker: _Worker, job: Future[Any]) -> None:
+        """Note that a job has ended; called on whatever thread it ended."""
+        self.used = time.monotonic()
+        worker.jobs.discard(job)
+        self.jobs.discard(job)
+        if self.ended:
+            self.release()
 
     def check(self) -> None:
         """Give the thread back when it ran nothing for a while."""
-        loop = asyncio.get_running_loop()
-        idle = loop.time() - self.used
-        if self.last is None or not self.last.done():
-            idle = 0.0
+        self.timer = None
+        idle = 0.0 if self.jobs else time.monotonic() - self.used
         if idle < self.IDLE:
+            loop = asyncio.get_running_loop()
             self.timer = loop.call_later(self.IDLE - idle, self.check)
         else:
             self.release()
 
     def release(self, clean: bool = False) -> None:
         """Give the thread back, with its old connections closed as after a request."""
-        if self.worker is None or (self.last is not None and not self.last.done()):
-            return
-        assert self.timer is not None
-        self.timer.cancel()
+        if self.jobs:
+            return  # not from under a child task of the view
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
         with self.lock:
-            self.worker.holders -= 1
-            # What another socket reads from an open cursor is not cut off.
-            if not self.worker.holders:
-                self.free.append(self.worker)
-                if not clean:
-                    self.worker.submit(_give_back)
-        self.worker = self.last = self.timer = None
+            worker, self.worker = self.worker, None
+            if worker is not None:
+                worker.holders -= 1
+                # What another socket reads from an open cursor is not cut off.
+                if not worker.holders:
+                    self.free.append(worker)
+                    if not clean:
+                        worker.submit(_give_back)
+
+    def end(self) -> None:
+        """Give the thread back now, or when its last job has ended."""
+        self.ended = True
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        self.release()
+
+    @classmethod
+    def forked(cls) -> None:
+        """Forget threads that a child process does not have."""
+        cls.workers.clear()
+        cls.free.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Lease.forked)
 
 
 def _without_disconnect(error: Exception) -> Exception | None:
@@ -1449,7 +1516,7 @@ class WebSocketHandler(ASGIHandler):
             await self.serve(WebSocket(scope, receive, send, lease), connect)
         finally:
             SyncToAsync.thread_sensitive_context.reset(token)
-            lease.release()
+            lease.end()
 
     async def serve(self, socket: WebSocket, connect: Event) -> None:
         """Run the handshake and the view of one connection."""
@@ -1487,8 +1554,10 @@ class WebSocketHandler(ASGIHandler):
         """Await a view; return what refuses the handshake where it did not accept."""
         task = asyncio.current_task()
         assert task is not None
+        error: Exception | None = None
+        token = _current.set(socket._lease)
         try:
-            socket._task = task
+            socket._task, socket._view = task, result
             socket._watch()
             try:
                 return await result if inspect.isawaitable(result) else result
@@ -1496,16 +1565,21 @@ class WebSocketHandler(ASGIHandler):
                 socket._stop()
                 if socket._told == "cancelled":
                     task.uncancel()
-        except asyncio.CancelledError as error:
+        except asyncio.CancelledError as cancelled:
             if task.cancelling() > socket._cancelling:
                 raise  # somebody else's cancellation goes on its way
-            if socket._told == "cancelled":
+            if socket._state == "closed":
                 return None
-            cause = RuntimeError("the view awaited something that was cancelled")
-            cause.__cause__ = error
-            return await self.handle_exception(socket, cause)
-        except Exception as error:
+            error = RuntimeError("the view awaited something that was cancelled")
+            error.__cause__ = cancelled
+        except Exception as raised:
+            error = raised
+        finally:
+            _current.reset(token)
+        try:
             return await self.handle_exception(socket, error)
+        finally:
+            del error, result  # the traceback has this frame
 
     async def refuse_by_view(
         self, socket: WebSocket, handshake: HttpResponse, result: Any
@@ -1514,7 +1588,6 @@ class WebSocketHandler(ASGIHandler):
         get_refusal = sync_to_async(self.get_refusal)
         response = await get_refusal(socket, result, handshake)
         await self.refuse(socket, response)
-        socket._answered()
 
     def start(self, socket: WebSocket) -> Any:
         """Do all of a handshake that is synchronous; it runs in a worker thread."""
@@ -1542,7 +1615,7 @@ class WebSocketHandler(ASGIHandler):
                 response.result = error
             # The request is finished where the socket begins (signal request_finished).
             response.close()
-        if socket._lease.worker is not None:
+        if socket._lease.worker is not None and socket._lease.worker.holders == 1:
             _give_back()
         set_urlconf(getattr(socket.request, "urlconf", None))
         return response
@@ -1622,7 +1695,13 @@ class WebSocketHandler(ASGIHandler):
         if not isinstance(error, PermissionDenied):
             response = HttpResponseServerError()
             message = "Internal Server Error: %s"
-            signals.got_request_exception.send(sender=None, request=request)
+            traceback = error.__traceback__
+            try:
+                raise error  # receivers look at sys.exc_info()
+            except Exception:
+                signals.got_request_exception.send(sender=None, request=request)
+            finally:  # of this frame, which would make a cycle
+                error.__traceback__ = traceback
         log_response(
             message, request.path, response=response, request=request, exception=error
         )
@@ -1657,6 +1736,7 @@ class WebSocketHandler(ASGIHandler):
             with suppress(OSError, RuntimeError):  # the client has gone
                 for event in events:
                     await socket._send(event)
+            socket._answered()
         finally:
 
             def close() -> None:

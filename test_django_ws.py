@@ -34,6 +34,7 @@ import threading
 import time
 import types
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -2705,11 +2706,15 @@ class TestGoneIsGone:
         assert steps == ["failed", "cancelled"]
         assert not live.task.cancelled() and live.task.exception() is None
 
-    @pytest.mark.parametrize("how", ["wait", "wait_for", "close"])
-    def test_a_view_that_waits_for_a_task_that_receives_may_clean_up(
+    @pytest.mark.parametrize("how", ["wait", "wait_for", "close", "first", "group"])
+    def test_a_view_that_waits_for_a_task_that_hears_of_the_end_may_clean_up(
         self, quick: None, how: str
     ) -> None:
         steps: list[str] = []
+
+        async def reader(socket: WebSocket) -> None:
+            async for _ in socket:
+                pass
 
         async def view(socket: WebSocket) -> None:
             await socket.accept()
@@ -2720,9 +2725,18 @@ class TestGoneIsGone:
                     task.result()
                 elif how == "wait_for":
                     await asyncio.wait_for(socket.receive_text(), 10)
-                else:
+                elif how == "close":
                     await asyncio.create_task(socket.close())
-            except WebSocketDisconnect:
+                elif how == "first":
+                    jobs = [reader(socket), asyncio.sleep(3600)]
+                    tasks = {asyncio.create_task(job) for job in jobs}
+                    _, rest = await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
+                    rest.pop().cancel()
+                else:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(socket.receive_text())
+                        group.create_task(asyncio.sleep(3600))
+            except (WebSocketDisconnect, ExceptionGroup):
                 pass
             await asyncio.sleep(0.2)
             steps.append("saved")
@@ -2759,11 +2773,29 @@ class TestGoneIsGone:
         Live().play(view, client)
         assert steps == ["saved", "ended"]
 
-    def test_a_task_left_behind_does_not_keep_the_view(
+    def test_but_not_for_ever(
         self, quick: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert WebSocket.GRACE == 30
         monkeypatch.setattr(WebSocket, "GRACE", 0.1)
+        steps: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.wait([asyncio.create_task(socket.receive_text())])
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                steps.append("cancelled")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert steps == ["cancelled"]
+
+    def test_a_task_left_behind_does_not_keep_the_view(self, quick: None) -> None:
         steps: list[str] = []
 
         async def view(socket: WebSocket) -> None:
@@ -2782,6 +2814,107 @@ class TestGoneIsGone:
 
         Live().play(view, client)
         assert steps == ["child"]
+
+    @pytest.mark.parametrize("what", ["sends", "closes"])
+    def test_a_stranger_that_hears_of_the_end_does_not_keep_the_view(
+        self, quick: None, what: str
+    ) -> None:
+        steps: list[str] = []
+        opened: list[WebSocket] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            opened.append(socket)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                steps.append("cancelled")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: opened)
+            [socket] = opened
+            if what == "sends":
+                live.error = OSError()
+                with pytest.raises(WebSocketDisconnect):
+                    await socket.send_text("x")
+            else:
+                await socket.close(4001)
+            await live.until(lambda: steps)
+
+        Live().play(view, client)
+        assert steps == ["cancelled"]
+
+    def test_what_a_view_cancels_when_it_has_ended_is_no_error(
+        self, caplog: Any
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            task = asyncio.create_task(asyncio.sleep(3600))
+            try:
+                await socket.receive_text()
+            finally:
+                task.cancel()
+                await task
+
+        Drive(GONE).run(view)
+        assert quiet(caplog)
+
+    @pytest.mark.skipif(sys.version_info < (3, 13), reason="cannot tell before 3.13")
+    def test_a_view_that_the_server_cancelled_is_not_cancelled_again(
+        self, quick: None
+    ) -> None:
+        steps: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(0.2)
+                steps.append("cleaned up")
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            live.task.cancel()
+            await asyncio.sleep(0)
+            live.queue.put_nowait(GONE)
+
+        live = Live()
+        live.play(view, client)
+        assert steps == ["cleaned up"] and live.task.cancelled()
+
+    @pytest.mark.parametrize("how", ["raises", "denied", "cancelled", "gone"])
+    def test_a_socket_is_freed_without_the_garbage_collector(
+        self, quick: None, how: str
+    ) -> None:
+        kept: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            kept.extend([weakref.ref(socket), weakref.ref(socket.request)])
+            if how == "denied":
+                raise PermissionDenied
+            await socket.accept()
+            if how == "raises":
+                raise ValueError
+            if how == "cancelled":
+                future = asyncio.get_running_loop().create_future()
+                future.cancel()
+                await future
+            await socket.receive_text()
+
+        async def client(live: Live) -> None:
+            if how == "gone":
+                live.queue.put_nowait(GONE)
+
+        gc.collect()
+        gc.disable()
+        logging.disable(logging.CRITICAL)
+        try:
+            Live().play(view, client)
+            assert [reference() for reference in kept] == [None, None]
+        finally:
+            logging.disable(logging.NOTSET)
+            gc.enable()
 
     def test_a_task_that_outlives_its_view_hears_of_the_end(self, quick: None) -> None:
         tasks: list[asyncio.Task[str]] = []
@@ -2943,6 +3076,7 @@ class TestMessagesOfABusyView:
             for number in range(100):
                 live.queue.put_nowait(text(str(number)))
                 await asyncio.sleep(0.001)
+            await live.until(lambda: len(got) == 100)
             live.queue.put_nowait(GONE)
 
         Live().play(view, client)
@@ -3180,6 +3314,116 @@ class TestThreads:
 
         assert len(Drive().run(view)) == 2
         assert all(worker.holders == 0 for worker in django_ws._Lease.workers)
+
+    def test_a_transaction_left_open_fails_nobody_else(self) -> None:
+        from django.contrib.auth.models import User
+        from django.db import transaction
+
+        async def leaving(socket: WebSocket) -> None:
+            await socket.accept()
+            await sync_to_async(transaction.atomic().__enter__)()
+            await User.objects.acount()
+            await socket.receive_text()
+
+        async def counting(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json(await User.objects.acount() >= 0)
+
+        Drive(text("a")).run(leaving)
+        for _ in range(3):
+            assert Drive().run(counting)[1]["text"] == "true"
+
+    def test_a_view_that_never_lets_go_gets_fresh_connections(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from django.contrib.auth.models import User
+        from django.db import connection
+
+        monkeypatch.setattr(django_ws._Lease, "IDLE", 0.2)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            found = set()
+            for _ in range(8):
+                await User.objects.acount()
+                found.add(id(await sync_to_async(lambda: connection.connection)()))
+                kept.append(await sync_to_async(lambda: connection.connection)())
+                await asyncio.sleep(0.05)
+            assert 1 < len(found) < 8
+
+        kept: list[Any] = []
+        assert len(Drive().run(view)) == 2
+
+    def test_but_not_within_a_transaction(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from django.contrib.auth.models import User
+        from django.db import transaction
+
+        monkeypatch.setattr(django_ws._Lease, "IDLE", 0.1)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            atomic = transaction.atomic()
+            await sync_to_async(atomic.__enter__)()
+            for _ in range(4):
+                await User.objects.acreate(username=f"never {uuid.uuid4()}")
+                await asyncio.sleep(0.05)
+            await sync_to_async(transaction.set_rollback)(True)
+            await sync_to_async(atomic.__exit__)(None, None, None)
+            assert not await User.objects.filter(username__startswith="never").aexists()
+
+        assert len(Drive().run(view)) == 2
+
+    def test_a_queued_job_that_was_cancelled_frees_no_thread(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            running = asyncio.create_task(sync_to_async(time.sleep)(0.3))
+            await asyncio.sleep(0.01)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await sync_to_async(time.sleep)(0.1)
+            await socket.receive_text()
+            assert socket._lease.worker is not None
+            await running
+
+        assert len(Drive(text("a")).run(view)) == 2
+
+    def test_a_job_that_outlives_its_view_gives_its_thread_back(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            tasks.append(asyncio.create_task(sync_to_async(time.sleep)(0.2)))
+            await asyncio.sleep(0.01)
+
+        tasks: list[Any] = []
+        Drive().run(view)  # and the event loop has gone
+        wait_for(lambda: not any(w.holders for w in django_ws._Lease.workers))
+        assert len(django_ws._Lease.free) == len(django_ws._Lease.workers)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+    def test_a_forked_process_has_threads_of_its_own(self) -> None:
+        program = (
+            "import os, sys, warnings; warnings.simplefilter('ignore')\n"
+            "from test_django_ws import Drive, accepting\n"
+            "Drive().run(accepting)\n"
+            "if os.fork() == 0:\n"
+            "    Drive().run(accepting)\n"
+            "    os._exit(0)\n"
+            "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        )
+        run = subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=30)
+        assert run.returncode == 0
+
+    def test_what_the_fork_forgets(self) -> None:
+        Drive().run(accepting)
+        workers, free = [*django_ws._Lease.workers], [*django_ws._Lease.free]
+        assert workers and free
+        try:
+            django_ws._Lease.forked()
+            assert not django_ws._Lease.workers and not django_ws._Lease.free
+        finally:
+            django_ws._Lease.workers.extend(workers)
+            django_ws._Lease.free.extend(free)
 
     def test_the_thread_is_not_taken_from_under_a_child_task(
         self, monkeypatch: pytest.MonkeyPatch
@@ -3715,6 +3959,20 @@ class TestGroups:
         lives = serve_all(500, member, client)
         assert all(messages(live) == ["x", "y"] for live in lives[1::2])
 
+    def test_an_event_loop_that_stands_still_is_passed_over(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await broadcast("room", "here")
+
+        loop = asyncio.new_event_loop()
+        django_ws._Groups.loops[loop] = django_ws._Groups(django_ws._options())
+        try:
+            assert Drive().run(view)[1]["text"] == "here"
+        finally:
+            del django_ws._Groups.loops[loop]
+            loop.close()
+
     def test_a_group_of_ten_thousand(self) -> None:
         sent = 0
 
@@ -3761,7 +4019,7 @@ class TestGroups:
 
 class TestCloseGroup:
     @pytest.mark.parametrize("what", ["reads", "sleeps", "child reads"])
-    def test_it_ends_every_socket_and_its_view(self, what: str) -> None:
+    def test_it_ends_every_socket_and_its_view(self, quick: None, what: str) -> None:
         ends: list[Any] = []
 
         async def view(socket: WebSocket) -> None:
@@ -3786,6 +4044,7 @@ class TestCloseGroup:
 
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
+            await asyncio.sleep(0.1)
             await broadcast("room", "last words")
             await close_group("room", 4001, "logged out")
             await asyncio.wait([live.task for live in lives])
@@ -3947,6 +4206,31 @@ class TestOutbox:
         slow = serve_slow(member, client)
         assert messages(slow) == ["a", "b"]
         assert slow.sent[-1]["code"] == 4003
+
+    def test_a_member_that_is_full_and_gone_by_then(self) -> None:
+        """Of two full members the first takes a moment, in which the second goes."""
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            never = asyncio.Event()
+
+            async def stuck(event: Any) -> None:
+                await never.wait()
+
+            groups = django_ws._Groups.loops[asyncio.get_running_loop()]
+            members = sorted(groups.members["room"], key=id)
+            for socket in members:
+                socket._send = stuck
+            for _ in range(3):
+                await broadcast("room", "x")
+            loop = asyncio.get_running_loop()
+            for socket in members:
+                assert socket._outbox is not None
+                loop.call_later(0.01, socket._outbox.task.cancel)
+            await broadcast("room", "x")
+            assert all(socket._state == "open" for socket in members)
+
+        serve_all(2, member, client, WEBSOCKETS={"OUTBOX": 3})
 
     def test_the_end_of_a_view_waits_for_what_was_broadcast_before(self) -> None:
         async def view(socket: WebSocket) -> None:
@@ -4434,12 +4718,19 @@ class TestRedisHere:
         assert not redis.ask("pubsub", "channels").strip()
 
     def test_joining_while_redis_is_away_waits_for_it(
-        self, redis: Redis, caplog: pytest.LogCaptureFixture
+        self,
+        redis: Redis,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        assert list(django_ws._RedisGroups.PAUSES) == [0.1, 10]
+        monkeypatch.setattr(django_ws._RedisGroups, "PAUSES", (0.01, 0.02))
         redis.stop()
 
         async def client(lives: list[Live]) -> None:
             await lives[0].until(lambda: "Redis is away" in caplog.text)
+            await asyncio.sleep(0.2)  # it tries again and again, and says it once
+            assert caplog.text.count("Redis is away") == 1
             assert len(lives[0].sent) == 1  # accepted, not joined
             from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -4455,6 +4746,30 @@ class TestRedisHere:
             await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
 
         serve_all(2, member, client, **redis_settings(redis))
+
+    def test_a_loop_without_sockets_publishes_and_leaves_nothing(
+        self, redis: Redis
+    ) -> None:
+        with override_settings(**redis_settings(redis)):
+            before = redis.ask("client", "list").count("\n")
+            asyncio.run(broadcast("room", "x"))
+            asyncio.run(close_group("room"))
+            assert redis.ask("client", "list").count("\n") <= before
+        assert not django_ws._Groups.loops
+
+    def test_rubbish_is_left(
+        self, redis: Redis, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            for data in ("c-rubbish", "tgood"):
+                await asyncio.to_thread(redis.ask, "publish", "here:room", data)
+            await lives[0].until(lambda: messages(lives[0]) == ["good"])
+            lives[0].queue.put_nowait(GONE)
+            await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
+
+        serve_all(1, member, client, **redis_settings(redis))
+        assert "No message of django_ws" in caplog.text
 
     def test_silence_is_broken_by_a_ping(
         self,
