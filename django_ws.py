@@ -332,7 +332,7 @@ class WebSocket:
         # it, and the headers that the middleware adds to its answer.
         self._connect: Event | None = None
         self._refuse: Callable[[Any], Awaitable[None]] | None = None
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._headers: Iterable[tuple[bytes, bytes]] = ()
         self._state: _State = "connecting"
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
         # The view's task and coroutine, and how it knows of the end: by an exception or
@@ -346,7 +346,7 @@ class WebSocket:
         # A task of the view's that learned of the end and may be cleaning up, and where
         # the view itself was then: if it has moved on since, it may know, too.
         self._hearer: asyncio.Task[Any] | None = None
-        self._position: list[tuple[int, int]] = []
+        self._position: Iterable[tuple[int, int]] = ()
         self._deadline = 0.0
         # Whether a task waits in receive(), what reads ahead where none does for
         # a second, and the timer for that second.
@@ -354,7 +354,7 @@ class WebSocket:
         self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
         # The groups that it is in, and what waits for its client to read.
-        self._groups: set[str] = set()
+        self._groups: set[str] | None = None
         self._outbox: _Outbox | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -526,9 +526,9 @@ class WebSocket:
             self._timer = None
         if self._ahead is not None:
             self._ahead.cancel()
-        for group in self._groups:
+        for group in self._groups or ():
             _groups().leave(group, self)
-        self._groups = set()
+        self._groups = None
 
     async def send(self, event: Event) -> None:
         """Send one ASGI event (a mapping) to the server.
@@ -594,7 +594,7 @@ class WebSocket:
             self._state = "connecting"
 
     def _answered(self) -> None:
-        self._connect, self._refuse, self._headers = None, None, []
+        self._connect, self._refuse, self._headers = None, None, ()
 
     async def accept(
         self, subprotocol: str | None = None, headers: Headers = ()
@@ -635,7 +635,7 @@ class WebSocket:
             {
                 "type": SendEvent.ACCEPT,
                 "subprotocol": subprotocol,
-                "headers": self._headers + added,
+                "headers": [*self._headers, *added],
             }
         )
 
@@ -821,6 +821,8 @@ class WebSocket:
             raise self._disconnect()
         if self._state != "open":
             raise RuntimeError("call accept() before join()")
+        if self._groups is None:
+            self._groups = set()
         self._groups.add(_name(group))
         await _groups().join(group, self)
 
@@ -829,7 +831,7 @@ class WebSocket:
 
         Cancelling it is safe. It raises nothing, also after the end.
         """
-        if group in self._groups:
+        if self._groups and group in self._groups:
             self._groups.remove(group)
             _groups().leave(group, self)
 
@@ -1533,7 +1535,7 @@ class WebSocketHandler(ASGIHandler):
         refuse = partial(self.refuse_by_view, socket, response)
         socket._handshake(connect, refuse, headers)
         result = response.result
-        del response, refuse  # an idle socket has no use for them
+        del response, refuse, headers  # an idle socket has no use for them
         result = await self.run_view(socket, result)
         if socket._refuse is None:
             if socket._outbox is not None:  # what was broadcast before the end
