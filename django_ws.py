@@ -817,14 +817,15 @@ class WebSocket:
 
         Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end.
         """
-        if self._state == "closed":
-            raise self._disconnect()
-        if self._state != "open":
+        if self._state not in ("open", "closed"):
             raise RuntimeError("call accept() before join()")
+        if self._state == "closed" or self._task is None:  # a task outlived the view
+            raise self._disconnect()
+        groups = _groups()
         if self._groups is None:
             self._groups = set()
         self._groups.add(_name(group))
-        await _groups().join(group, self)
+        await groups.join(group, self)
 
     async def leave(self, group: str) -> None:
         """Take the socket out of a group (str); nothing happens where it is in none.
@@ -843,23 +844,26 @@ class WebSocket:
         """
         if self._state != "open":
             return True
+        close = event["type"] == "websocket.close"
+        if close:  # at once, also for a client that does not read
+            self._end_from_outside(event["code"], event["reason"])
         if self._outbox is not None:
             self._outbox.events.append(event)
-            return len(self._outbox.events) < limit
-        if event["type"] == "websocket.close":
-            self._end_from_outside(event["code"], event["reason"])
+            if len(self._outbox.events) > 2 * limit:
+                self._outbox.overflow(self)  # whoever broadcast did not wait for room
+            return close or len(self._outbox.events) < limit
         sending = self._send(event).__await__()
         try:
             future = next(sending)
         except StopIteration:
             pass
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             self._failed(error)
         else:
             self._outbox = _Outbox(self, _rest(sending, future))
         return True
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         """End for an exception that the server raised at a message to a group."""
         if not isinstance(error, (OSError, RuntimeError)):
             _logger.error("A message to a group was not sent", exc_info=error)
@@ -878,20 +882,31 @@ def _name(group: str) -> str:
 @types.coroutine
 def _rest(sending: Any, future: Any) -> Iterator[Any]:
     """Go on with a coroutine that was run by hand up to where it waits for `future`."""
-    yield future
-    yield from sending
+    while True:
+        try:
+            yield future
+        except BaseException as error:
+            step = partial(sending.throw, error)
+        else:
+            step = partial(next, sending)
+        try:
+            future = step()
+        except StopIteration:
+            return
 
 
 class _Outbox:
     """What waits for one client, from when the server reports back-pressure."""
 
-    # Seconds that a broadcast gives to a client that has no room left. One that reads
-    # makes some in a fraction of it; it is for views that broadcast without a pause.
-    PATIENCE = 0.05
+    # Seconds, in all, that broadcasts wait for a client that has no room left. One that
+    # reads makes some in a fraction of it, and is only outrun by a view that broadcasts
+    # without a pause.
+    PATIENCE = 0.25
 
     def __init__(self, socket: WebSocket, first: Awaitable[None]) -> None:
         self.events: collections.deque[Event] = collections.deque()
         self.room = asyncio.Event()
+        self.patience = self.PATIENCE
         self.task = asyncio.get_running_loop().create_task(self.drain(socket, first))
 
     async def drain(self, socket: WebSocket, first: Awaitable[None]) -> None:
@@ -913,12 +928,19 @@ class _Outbox:
 
     async def make_room(self, socket: WebSocket, limit: int) -> None:
         """Wait a moment for room; without it, the client loses its connection."""
+        start = time.monotonic()
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.PATIENCE):
+            async with asyncio.timeout(self.patience):
                 while socket._outbox is self and len(self.events) >= limit:
                     self.room.clear()
                     await self.room.wait()
+        self.patience -= time.monotonic() - start
         if socket._outbox is self and len(self.events) >= limit:
+            self.overflow(socket)
+
+    def overflow(self, socket: WebSocket) -> None:
+        """Give up a client that reads too slowly, but for the news that it was."""
+        if socket._state == "open":
             code, reason = CloseCode.TRY_AGAIN_LATER, "reads too slowly"
             self.events.clear()
             self.events.append(
@@ -936,6 +958,7 @@ class _Groups:
     def __init__(self, options: dict[str, Any]) -> None:
         self.limit: int = options["OUTBOX"]
         self.members: dict[str, set[WebSocket]] = {}
+        self.pushes = 0
 
     async def join(self, group: str, socket: WebSocket) -> None:
         """Add a socket; what is published from now on reaches it."""
@@ -958,19 +981,22 @@ class _Groups:
             elif loop.is_running():
                 delivery = groups.deliver(group, event)
                 future = asyncio.run_coroutine_threadsafe(delivery, loop)
-                await asyncio.wrap_future(future)
+                # Not longer: a loop that stops just now never answers.
+                await asyncio.wait([asyncio.wrap_future(future)], timeout=1)
 
     async def deliver(self, group: str, event: Event) -> None:
         """Send an event to the group's sockets on this loop."""
         full = []
-        for count, socket in enumerate(tuple(self.members.get(group, ())), 1):
+        for socket in tuple(self.members.get(group, ())):
             if not socket._push(event, self.limit):
                 full.append(socket)
-            if count % 100 == 0:
+            self.pushes += 1
+            if self.pushes % 100 == 0:
                 await asyncio.sleep(0)  # the turn of the sockets outside the group
-        for socket in full:
-            if socket._outbox is not None:
-                await socket._outbox.make_room(socket, self.limit)
+        if full:  # all at once: none waits for another's sake
+            outboxes = [(socket, socket._outbox) for socket in full]
+            rooms = [box.make_room(one, self.limit) for one, box in outboxes if box]
+            await asyncio.gather(*rooms)
 
 
 class _RedisGroups(_Groups):
@@ -984,7 +1010,7 @@ class _RedisGroups(_Groups):
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
         self.url, self.prefix = options["REDIS_URL"], options["PREFIX"]
-        self.client = self.connect()
+        self.client, self.subscriber = self.connect(), self.connect()
         self.listener: asyncio.Task[None] | None = None
         self.pubsub: Any = None
         self.lock = asyncio.Lock()
@@ -993,12 +1019,17 @@ class _RedisGroups(_Groups):
         self.confirmed: dict[str, asyncio.Event] = {}
 
     def connect(self) -> Any:
-        from redis.asyncio import Redis
+        from redis.asyncio import BlockingConnectionPool, Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
-        # No second try: it could send a message twice.
-        return Redis.from_url(self.url, retry=Retry(NoBackoff(), 0))
+        # Many broadcasts at once wait for each other. No second try for any of them: it
+        # could send a message twice.
+        retry = Retry(NoBackoff(), 0)
+        pool = BlockingConnectionPool.from_url(
+            self.url, max_connections=10, timeout=20, retry=retry
+        )
+        return Redis.from_pool(pool)
 
     def channel(self, group: str) -> bytes:
         return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
@@ -1016,8 +1047,7 @@ class _RedisGroups(_Groups):
     def leave(self, group: str, socket: WebSocket) -> None:
         """Remove a socket, and unsubscribe from a group without any."""
         super().leave(group, socket)
-        if group not in self.members and group in self.confirmed:
-            del self.confirmed[group]
+        if group not in self.members:
             loop = asyncio.get_running_loop()
             task = loop.create_task(self.subscribe())
             _background.add(task)
@@ -1033,6 +1063,8 @@ class _RedisGroups(_Groups):
             wanted = set(self.members)
             new, old = wanted - self.asked, self.asked - wanted
             self.asked = wanted
+            for group in old:
+                self.confirmed.pop(group, None)
             with suppress(RedisError, OSError):  # the listener sees it too
                 if new:
                     await self.pubsub.subscribe(*map(self.channel, new))
@@ -1041,11 +1073,9 @@ class _RedisGroups(_Groups):
 
     async def listen(self) -> None:
         """Receive from Redis while there are members, and connect again and again."""
-        from redis.exceptions import RedisError
-
         pause, down = self.PAUSES[0], False
         while self.members:
-            pubsub = self.client.pubsub()
+            pubsub = self.subscriber.pubsub()
             try:
                 self.asked = set(self.members)
                 await pubsub.subscribe(*map(self.channel, self.asked))
@@ -1067,7 +1097,7 @@ class _RedisGroups(_Groups):
                             await self.handle(message)
                         except ValueError:
                             _logger.warning("No message of django_ws: %r", message)
-            except (RedisError, OSError) as error:
+            except Exception as error:  # whatever it is, sockets wait for their groups
                 if not down:
                     _logger.warning("Redis is away, groups get no messages: %s", error)
                 down = True
@@ -1079,7 +1109,8 @@ class _RedisGroups(_Groups):
                 self.pubsub = None
                 await pubsub.aclose()
         self.listener = None
-        await self.client.connection_pool.disconnect(inuse_connections=False)
+        for client in (self.client, self.subscriber):
+            await client.connection_pool.disconnect(inuse_connections=False)
 
     async def handle(self, message: dict[str, Any]) -> None:
         channel = message["channel"] or b""
@@ -1104,11 +1135,17 @@ class _RedisGroups(_Groups):
             data = b"t" + event["text"].encode()
         else:
             data = b"b" + event["bytes"]
-        if self.listener is not None:
-            await self.client.publish(self.channel(group), data)
-        else:  # a process, or an event loop of a moment, without sockets
-            async with self.client:
+        from redis.exceptions import ConnectionError as RedisConnectionError
+        from redis.exceptions import TimeoutError as RedisTimeoutError
+
+        try:
+            if self.listener is not None:
                 await self.client.publish(self.channel(group), data)
+            else:  # a process, or an event loop of a moment, without sockets
+                async with self.client:
+                    await self.client.publish(self.channel(group), data)
+        except RedisTimeoutError as error:
+            raise RedisConnectionError("Redis does not answer") from error
 
 
 def _options() -> dict[str, Any]:
@@ -1127,8 +1164,18 @@ def _options() -> dict[str, Any]:
         options[name] = value
     if options["OUTBOX"] < 1:
         raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be 1 or more")
-    if options["REDIS_URL"] and not importlib.util.find_spec("redis"):
-        raise ImproperlyConfigured("WEBSOCKETS['REDIS_URL'] needs: pip install redis")
+    if options["REDIS_URL"]:
+        if not importlib.util.find_spec("redis"):
+            raise ImproperlyConfigured("WEBSOCKETS['REDIS_URL']: pip install redis")
+        from redis.asyncio.connection import parse_url
+
+        try:
+            parsed: Any = parse_url(options["REDIS_URL"])
+        except ValueError as error:
+            raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
+        if "decode_responses" in parsed:
+            message = "WEBSOCKETS['REDIS_URL'] cannot have decode_responses"
+            raise ImproperlyConfigured(message)
     return options
 
 
@@ -1157,10 +1204,11 @@ async def broadcast(group: str, message: Any) -> None:
     if isinstance(message, str):
         message.encode()  # a lone surrogate is the caller's fault, not a member's
         body: dict[str, Any] = {"text": message}
-    elif isinstance(message, (bytes, bytearray, memoryview)):
-        body = {"bytes": bytes(message)}
     else:
-        body = {"text": _json(message)}
+        try:
+            body = {"bytes": bytes(memoryview(message))}
+        except TypeError:  # not bytes-like
+            body = {"text": _json(message)}
     await _groups().publish(_name(group), {"type": SendEvent.SEND, **body})
 
 
@@ -1444,9 +1492,10 @@ class _Lease(Executor):
 
     @classmethod
     def forked(cls) -> None:
-        """Forget threads that a child process does not have."""
+        """Forget threads and event loops that a child process does not have."""
         cls.workers.clear()
         cls.free.clear()
+        _Groups.loops.clear()
 
 
 if hasattr(os, "register_at_fork"):

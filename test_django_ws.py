@@ -6,6 +6,7 @@ Needs pytest and uvicorn[standard]. Tests that need more (wsproto, hypothesis, s
 with Chromium) skip and say why; with CI=true in the environment they fail instead.
 """
 
+import array
 import asyncio
 import contextlib
 import copy
@@ -3421,6 +3422,7 @@ class TestThreads:
         try:
             django_ws._Lease.forked()
             assert not django_ws._Lease.workers and not django_ws._Lease.free
+            assert not django_ws._Groups.loops
         finally:
             django_ws._Lease.workers.extend(workers)
             django_ws._Lease.free.extend(free)
@@ -3828,7 +3830,15 @@ class TestGroups:
             return encode(data)
 
         monkeypatch.setattr(django_ws, "_encode_json", counting)
-        sent = ["é", b"\x00", bytearray(b"a"), memoryview(b"b"), {"a": [1]}, None, 5]
+        sent = [
+            "é",
+            b"\x00",
+            bytearray(b"a"),
+            array.array("B", b"b"),
+            {"a": [1]},
+            None,
+            5,
+        ]
 
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
@@ -3934,16 +3944,17 @@ class TestGroups:
             lives[0].error = OSError("gone")
             lives[1].error = RuntimeError("closed")
             lives[2].error = KeyError("a server's bug")
+            lives[3].error = asyncio.CancelledError()
             await broadcast("room", "a")
-            for live in lives[:3]:
+            for live in lives[:4]:
                 await asyncio.wait([live.task])
                 live.error = None
             await broadcast("room", "b")
 
-        lives = serve_all(5, member, client)
-        assert [messages(live) for live in lives] == [[]] * 3 + [["a", "b"]] * 2
-        [record] = caplog.records
-        assert record.exc_info and isinstance(record.exc_info[1], KeyError)
+        lives = serve_all(6, member, client)
+        assert [messages(live) for live in lives] == [[]] * 4 + [["a", "b"]] * 2
+        kinds = [type(r.exc_info[1]).__name__ for r in caplog.records if r.exc_info]
+        assert sorted(kinds) == ["CancelledError", "KeyError"]
 
     def test_members_that_leave_while_a_broadcast_is_under_way(self) -> None:
         async def client(lives: list[Live]) -> None:
@@ -4087,6 +4098,48 @@ class TestCloseGroup:
 
         [live] = serve_all(1, view, client)
         assert live.task.cancelled()
+
+    @pytest.mark.parametrize("waiting", [1, 99])
+    def test_a_client_that_does_not_read_is_closed_too(self, waiting: int) -> None:
+        """And with that code, though its outbox is almost full."""
+
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            for number in range(1 + waiting):
+                await broadcast("room", str(number))
+            await close_group("room", 4001)
+            await slow.until(lambda: not django_ws._Groups.loops)  # the view has ended
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        slow = serve_slow(member, client)
+        assert messages(slow) == [*map(str, range(1 + waiting))]
+        assert slow.sent[-1]["code"] == 4001
+
+    def test_a_task_that_outlives_its_view_cannot_join(self) -> None:
+        tasks: list[Any] = []
+
+        async def late(socket: WebSocket) -> None:
+            await asyncio.sleep(0.01)
+            with pytest.raises(WebSocketDisconnect):
+                await socket.join("late")
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            tasks.append(asyncio.create_task(late(socket)))
+
+        class Slowly(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                await super().send(event)
+                if event["type"] == "websocket.close":
+                    await tasks[0]
+
+        async def client(live: Live) -> None:
+            pass
+
+        Slowly().play(view, client)
+        assert not django_ws._Groups.loops
 
     def test_on_the_wire(self, ws: str, caplog: pytest.LogCaptureFixture) -> None:
         with serve(member, ws=ws) as server, contextlib.ExitStack() as stack:
@@ -4250,6 +4303,75 @@ class TestOutbox:
         slow.play(view, client)
         assert messages(slow) == ["a", "b"]
         assert slow.sent[-1]["code"] == 1000
+
+    def test_many_slow_clients_are_waited_for_at_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert django_ws._Outbox.PATIENCE == 0.25
+        monkeypatch.setattr(django_ws._Outbox, "PATIENCE", 0.1)
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            never = asyncio.Event()
+
+            async def stuck(event: Any) -> None:
+                await never.wait()
+
+            groups = django_ws._Groups.loops[asyncio.get_running_loop()]
+            for socket in groups.members["room"]:
+                socket._send = stuck
+            start = time.monotonic()
+            for _ in range(5):
+                await broadcast("room", "x")
+            assert time.monotonic() - start < 0.5
+            never.set()
+
+        serve_all(20, member, client, WEBSOCKETS={"OUTBOX": 3})
+
+    def test_who_does_not_wait_for_room_fills_no_memory(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            groups = django_ws._Groups.loops[asyncio.get_running_loop()]
+            [socket] = groups.members["room"]
+            slow.reads.clear()
+            for _ in range(100):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0):
+                        await broadcast("room", "x")
+            assert socket._outbox is None or len(socket._outbox.events) <= 10
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        assert (
+            serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5}).sent[-1]["code"]
+            == 1013
+        )
+
+    def test_the_servers_send_sees_what_happens_to_what_it_waits_for(self) -> None:
+        handled: list[str] = []
+
+        class Handling(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event.get("text") == "x":
+                    future = asyncio.get_running_loop().create_future()
+                    asyncio.get_running_loop().call_later(
+                        0.01, future.set_exception, OSError("lost")
+                    )
+                    try:
+                        await future
+                    except OSError as error:
+                        handled.append(str(error))
+                    await asyncio.sleep(0.01)
+                await super().send(event)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) > 1)
+            await broadcast("room", "x")
+            await live.until(lambda: messages(live) == ["x"])
+            live.queue.put_nowait(GONE)
+
+        Handling().play(member, client)
+        assert handled == ["lost"]
 
     def test_a_failure_while_something_waits(self) -> None:
         async def client(slow: Any) -> None:
@@ -4452,11 +4574,18 @@ class TestOptions:
             ({"REDIS_URL": None}, "WEBSOCKETS\\['REDIS_URL'\\] must be str"),
             ({"PREFIX": b"x"}, "WEBSOCKETS\\['PREFIX'\\] must be str"),
             (["REDIS_URL"], "must be a dict"),
+            ({"REDIS_URL": "localhost:6379"}, "WEBSOCKETS\\['REDIS_URL'\\]: "),
+            (
+                {"REDIS_URL": "redis://h/0?decode_responses=True"},
+                "cannot have decode_responses",
+            ),
         ],
     )
     def test_what_is_wrong_is_said_at_the_start(
         self, options: Any, message: str
     ) -> None:
+        if "localhost" in str(options) or "redis://h" in str(options):
+            needs_redis()
         with override_settings(WEBSOCKETS=options):
             with pytest.raises(ImproperlyConfigured, match=message):
                 websockets(no_http)
@@ -4721,6 +4850,49 @@ class TestRedisHere:
 
         Putting().play(view, client, **redis_settings(redis))
         assert not redis.ask("pubsub", "channels").strip()
+
+    def test_leaving_and_joining_at_once(self, redis: Redis) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("other")
+            await socket.join("room")
+            async with asyncio.timeout(10):
+                for _ in range(20):
+                    await socket.leave("room")
+                    await socket.join("room")
+            await broadcast("room", "here")
+            await socket.receive_text()
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) > 1)
+            live.queue.put_nowait(GONE)
+            await asyncio.wait([live.task])
+            await live.until(lambda: len(asyncio.all_tasks()) == 1)
+
+        live = Live()
+        live.play(view, client, **redis_settings(redis))
+        assert live.sent[1]["text"] == "here"
+
+    def test_hundreds_of_broadcasts_at_once(self, redis: Redis) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            await asyncio.gather(*(broadcast("room", str(n)) for n in range(300)))
+            await lives[0].until(lambda: len(messages(lives[0])) == 300)
+            lives[0].queue.put_nowait(GONE)
+            await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
+
+        serve_all(1, member, client, **redis_settings(redis))
+
+    def test_a_redis_that_does_not_answer_is_a_connection_error(
+        self, redis: Redis
+    ) -> None:
+        from redis.exceptions import ConnectionError as RedisConnectionError
+
+        url = f"{redis.url}?socket_timeout=0.2"
+        redis.process.send_signal(signal.SIGSTOP)
+        with override_settings(WEBSOCKETS={"REDIS_URL": url}):
+            with pytest.raises(RedisConnectionError):
+                asyncio.run(broadcast("room", "x"))
 
     def test_joining_while_redis_is_away_waits_for_it(
         self,
