@@ -1498,8 +1498,8 @@ class _Lease(Executor):
         _Groups.loops.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Lease.forked)
+# Where there is a fork at all.
+getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_Lease.forked)
 
 
 def _without_disconnect(error: Exception) -> Exception | None:

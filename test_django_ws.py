@@ -4232,6 +4232,22 @@ class TestOutbox:
 
         serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5})
 
+    def test_one_that_leaves_while_it_is_waited_for_is_not_closed_again(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            for number in range(5):
+                await broadcast("room", str(number))
+            waiting = asyncio.create_task(broadcast("room", "no room"))
+            await asyncio.sleep(0.01)
+            slow.queue.put_nowait(GONE)
+            await waiting
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        slow = serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5})
+        assert {event["type"] for event in slow.sent[1:]} == {"websocket.send"}
+
     def test_a_client_that_reads_is_waited_for_a_moment(self) -> None:
         async def client(slow: Any) -> None:
             await slow.until(lambda: len(slow.sent) > 1)
