@@ -687,7 +687,8 @@ class WebSocket:
     async def receive_text(self) -> str:
         """Return the client's next message, which must be text (str).
 
-        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost.
+        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost
+        (granian's own `receive` loses some).
 
         Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
         (1003) when the message is binary; `RuntimeError` before `accept()`.
@@ -703,7 +704,8 @@ class WebSocket:
     async def receive_bytes(self) -> bytes:
         """Return the client's next message, which must be binary (bytes).
 
-        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost.
+        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost
+        (granian's own `receive` loses some).
 
         Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
         (1003) when the message is text; `RuntimeError` before `accept()`.
@@ -719,7 +721,8 @@ class WebSocket:
     async def receive_json(self) -> Any:
         """Return the value of the client's next message, JSON in text or in bytes.
 
-        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost.
+        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost
+        (granian's own `receive` loses some).
 
         Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
         (1007) when the message is no JSON in UTF-8, is nested too deeply for Python or
@@ -813,7 +816,7 @@ class WebSocket:
 
         What is sent to the group after `join()` has returned arrives. Joining again
         does nothing. With Redis it waits until Redis has confirmed the subscription,
-        so for as long as Redis is down. Cancelling it is safe.
+        so for as long as Redis is down. Cancelling it is safe; `leave()` takes it back.
 
         Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end.
         """
@@ -1193,8 +1196,9 @@ async def broadcast(group: str, message: Any) -> None:
 
     str goes out as text, bytes-like as binary, anything else as JSON, as `send_json`
     writes it; it is encoded once. From synchronous code: `async_to_sync(broadcast)(…)`.
-    A client that reads more slowly than WEBSOCKETS["OUTBOX"] messages allow is closed
-    with 1013; neither that nor any other trouble of a member concerns the caller.
+    A client that reads more slowly than WEBSOCKETS["OUTBOX"] messages allow is waited
+    for, a quarter of a second in all, and then closed with 1013; neither that nor any
+    other trouble of a member raises anything here.
 
     Cancelling it is safe, though some members may have got the message.
 
@@ -1559,8 +1563,8 @@ class WebSocketHandler(ASGIHandler):
             return
         lease = _Lease()
         context = ThreadSensitiveContext()
-        # The mapping that `ThreadSensitiveContext(executor=…)` of asgiref 3.12 fills,
-        # for Django 5.2 is content with an older one.
+        # The mapping that `ThreadSensitiveContext(executor=…)` of newer asgirefs fills;
+        # Django 5.2 is content with one that does not have it.
         SyncToAsync.context_to_thread_executor[context] = lease
         token = SyncToAsync.thread_sensitive_context.set(context)
         try:
