@@ -15,8 +15,9 @@
     async def chat(socket, room):
         user = await socket.auser()
         await socket.accept()
+        await socket.join(room)
         async for message in socket.iter_json():
-            await socket.send_json({"room": room, "from": str(user), **message})
+            await broadcast(room, {"from": str(user), **message})
 
 The handshake is a Django request: it passes your MIDDLEWARE, is resolved by your
 URLconf, is checked against ALLOWED_HOSTS and CSRF_TRUSTED_ORIGINS, and is refused with
@@ -25,7 +26,6 @@ your error pages. Serve it with an ASGI server that speaks WebSocket, for exampl
 """
 
 import asyncio
-import collections
 import contextvars
 import enum
 import importlib.util
@@ -41,84 +41,54 @@ import sys
 import threading
 import time
 import types
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-)
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import abc, deque
+from concurrent import futures
+from contextlib import asynccontextmanager, suppress
 from functools import partial, update_wrapper
+from itertools import chain
 from typing import Any, ClassVar, Literal
+from urllib.parse import unquote, urlsplit
 
-from asgiref.sync import (
-    SyncToAsync,
-    ThreadSensitiveContext,
-    iscoroutinefunction,
-    sync_to_async,
-)
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+from asgiref.sync import iscoroutinefunction as is_async
+from asgiref.sync import sync_to_async
+from django import http, urls
 from django.conf import settings
 from django.core import signals
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
-from django.core.handlers.asgi import ASGIHandler, ASGIRequest, get_script_prefix
-from django.core.handlers.exception import (
-    convert_exception_to_response,
-    get_exception_response,
-)
+from django.core.handlers import asgi, exception
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import close_old_connections, connections
-from django.http import (
-    Http404,
-    HttpRequest,
-    HttpResponse,
-    HttpResponseForbidden,
-    HttpResponseServerError,
-    QueryDict,
-)
 from django.http.response import HttpResponseBase, ResponseHeaders
 from django.middleware.csrf import REASON_BAD_ORIGIN, CsrfViewMiddleware
-from django.urls import (
-    ResolverMatch,
-    URLPattern,
-    get_resolver,
-    get_urlconf,
-    path,
-    re_path,
-    set_script_prefix,
-    set_urlconf,
-)
 from django.utils.cache import patch_vary_headers
 from django.utils.log import log_response
 
+__version__ = "1.0"
 __all__ = [
     "CloseCode",
     "InvalidMessage",
     "ReceiveEvent",
     "SendEvent",
     "WebSocket",
+    "WebSocketDenied",
     "WebSocketDisconnect",
     "broadcast",
     "close_group",
+    "connect",
     "re_websocket",
     "websocket",
     "websockets",
 ]
 
 _logger = logging.getLogger("django_ws")
-# Tasks that nobody waits for: the event loop itself would not keep them alive.
-_background: set[asyncio.Task[None]] = set()
 
 Scope = dict[str, Any]
-Event = Mapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
-View = Callable[..., Any]
-Headers = Mapping[Any, str | bytes] | Iterable[tuple[str | bytes, str | bytes]]
+Event = abc.Mapping[str, Any]
+Receive = abc.Callable[[], abc.Awaitable[Event]]
+Send = abc.Callable[[Event], abc.Awaitable[None]]
+Application = abc.Callable[[Scope, Receive, Send], abc.Coroutine[Any, Any, None]]
+View = abc.Callable[..., Any]
 
 
 # The words of the wire
@@ -170,6 +140,15 @@ class CloseCode(enum.IntEnum):
 # What can go wrong
 
 
+def _close_arguments(code: int, reason: str = "") -> tuple[int, str]:
+    """Return what may stand in a close frame (RFC 6455, sections 5.5.1 and 7.4)."""
+    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        raise ValueError(f"{code!r} is no close code that may be sent")
+    if len(reason.encode()) > 123:
+        raise ValueError("a close reason has at most 123 bytes of UTF-8")
+    return int(code), reason
+
+
 class WebSocketDisconnect(Exception):
     """The connection has ended; left uncaught in a view, it is a normal end.
 
@@ -197,38 +176,21 @@ class InvalidMessage(Exception):
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
-        self.code = _sendable(code)
+        self.code = _close_arguments(code)[0]
 
 
-def _sendable(code: int) -> int:
-    """Return a close code as it may stand in a close frame (RFC 6455, section 7.4)."""
-    if 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999:
-        return int(code)
-    raise ValueError(f"{code!r} is no close code that may be sent")
+class WebSocketDenied(Exception):
+    """The handshake was refused, says `connect`.
 
+    `response` (HttpResponse) is the answer: its status, content, headers and cookies.
+    """
 
-def _close_arguments(code: int, reason: str) -> tuple[int, str]:
-    if len(reason.encode()) > 123:
-        raise ValueError("a close reason has at most 123 bytes of UTF-8")
-    return _sendable(code), reason
-
-
-def _short(reason: str) -> str:
-    """Cut a close reason to the 123 bytes that a frame takes (section 5.5)."""
-    return reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
+    def __init__(self, response: http.HttpResponse) -> None:
+        super().__init__(f"the handshake was answered with {response.status_code}")
+        self.response = response
 
 
 # The socket
-
-# A header's name and value (RFC 9110, sections 5.1 and 5.5).
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_VALUE = re.compile(r"[\t -~\x80-\xff]*")
-# What the server itself writes on the answer to a handshake: ASGI reserves
-# Sec-WebSocket-Protocol ("Accept - send event"), RFC 6455 (section 4.2.2) the others,
-# and an answer with the status 101 has no body.
-_SERVERS_OWN = re.compile(
-    r"connection|upgrade|content-length|transfer-encoding|sec-websocket-.*", re.I
-)
 
 
 def _finite(text: str) -> float:
@@ -255,6 +217,170 @@ def _json(data: Any) -> str:
     return text
 
 
+class _End:
+    """One end of a WebSocket: messages, on top of `receive` and `send`.
+
+    The server's is `WebSocket`; the client's, which `connect` makes for tests, has the
+    same methods. Cancelling any of them, by `asyncio.timeout()` say, is safe: receiving
+    loses no message (but granian's own `receive` does), and sending has sent the whole
+    message or nothing. Sending waits while the other side reads too slowly.
+    """
+
+    _message: str  # the type of the event that carries a message from this end
+    _state: Literal["connecting", "open", "closed"]
+
+    async def receive(self) -> Event:
+        """Return the next event (a mapping), which may be the one of the end."""
+        raise NotImplementedError
+
+    async def send(self, event: Event) -> None:
+        """Send one event (a mapping)."""
+        raise NotImplementedError
+
+    def _disconnect(self) -> WebSocketDisconnect:
+        raise NotImplementedError
+
+    @property
+    def connected(self) -> bool:
+        """Whether messages can go by: after `accept()`, until either side's end."""
+        return self._state == "open"
+
+    def _unexpected(self, expected: str) -> Exception:
+        """Return why the event that `receive` just gave is not the one expected."""
+        if self._state == "closed":
+            return self._disconnect()
+        return InvalidMessage(CloseCode.UNSUPPORTED_DATA, f"{expected} expected")
+
+    async def receive_text(self) -> str:
+        """Return the next message, which must be text (str). Cancelling it is safe.
+
+        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
+        (1003) when the message is binary; `RuntimeError` before `accept()`.
+        Source: RFC 6455, section 5.6.
+        """
+        if self._state == "connecting":
+            raise RuntimeError("call accept() before receive_text()")
+        text: str | None = (await self.receive()).get("text")
+        if text is None:
+            raise self._unexpected("text was")
+        return text
+
+    async def receive_bytes(self) -> bytes:
+        """Return the next message, which must be binary (bytes). Cancelling it is safe.
+
+        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
+        (1003) when the message is text; `RuntimeError` before `accept()`.
+        Source: RFC 6455, section 5.6.
+        """
+        if self._state == "connecting":
+            raise RuntimeError("call accept() before receive_bytes()")
+        data: bytes | None = (await self.receive()).get("bytes")
+        if data is None:
+            raise self._unexpected("bytes were")
+        return data
+
+    async def _receive_any(self) -> str | bytes:
+        if self._state == "connecting":
+            raise RuntimeError("call accept() before receiving messages")
+        event = await self.receive()
+        message: str | bytes | None = event.get("text")
+        if message is None:
+            message = event.get("bytes")
+        if message is None:
+            raise self._unexpected("a message was")
+        return message
+
+    async def receive_json(self) -> Any:
+        """Return the next message's value: JSON, in text or in bytes of UTF-8.
+
+        Cancelling it is safe. Raises `WebSocketDisconnect` when the connection has
+        ended; `InvalidMessage` (1007) when the message is no JSON, is nested too deeply
+        for Python or has a number out of its range; `RuntimeError` before `accept()`.
+        Source: RFC 8259.
+        """
+        message = await self._receive_any()
+        try:
+            if isinstance(message, bytes):
+                message = message.decode()
+            return _decode_json(message)
+        except (ValueError, RecursionError) as error:
+            code = CloseCode.INVALID_FRAME_PAYLOAD_DATA
+            raise InvalidMessage(code, "JSON was expected") from error
+
+    async def _iter(
+        self, receive: abc.Callable[[], abc.Awaitable[Any]]
+    ) -> abc.AsyncIterator[Any]:
+        with suppress(WebSocketDisconnect):
+            while True:
+                yield await receive()
+
+    def iter_text(self) -> abc.AsyncIterator[str]:
+        """Yield messages as `receive_text()` does, until the connection has ended."""
+        return self._iter(self.receive_text)
+
+    def iter_bytes(self) -> abc.AsyncIterator[bytes]:
+        """Yield messages as `receive_bytes()` does, until the connection has ended."""
+        return self._iter(self.receive_bytes)
+
+    def iter_json(self) -> abc.AsyncIterator[Any]:
+        """Yield messages as `receive_json()` does, until the connection has ended."""
+        return self._iter(self.receive_json)
+
+    def __aiter__(self) -> abc.AsyncIterator[str | bytes]:
+        """Yield messages as they were sent, until the connection has ended."""
+        return self._iter(self._receive_any)
+
+    async def send_text(self, text: str) -> None:
+        """Send `text` (str) as one text message. Cancelling it is safe.
+
+        Raises `TypeError` for anything but str and `RuntimeError` before `accept()`,
+        with nothing sent; `WebSocketDisconnect` when the connection has ended.
+        Source: RFC 6455, section 5.6.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"send_text() takes str, not {type(text).__name__}")
+        await self.send({"type": self._message, "text": text})
+
+    async def send_bytes(self, data: bytes | bytearray | memoryview) -> None:
+        """Send `data` (bytes-like) as one binary message. Cancelling it is safe.
+
+        Raises `TypeError` for anything that is not bytes-like and `RuntimeError` before
+        `accept()`, with nothing sent; `WebSocketDisconnect` when the connection has
+        ended. Source: RFC 6455, section 5.6.
+        """
+        if not isinstance(data, bytes):
+            data = bytes(memoryview(data))  # bytes(5) would be five zeros
+        await self.send({"type": self._message, "bytes": data})
+
+    async def send_json(self, data: Any, *, binary: bool = False) -> None:
+        """Send `data` as JSON, in one text message or, with `binary`, in a binary one.
+
+        Dates, times, UUIDs, decimals and lazy strings are written as Django's
+        `DjangoJSONEncoder` does, without spaces, non-ASCII characters as themselves.
+
+        Cancelling it is safe. Raises `TypeError` for what JSON cannot carry,
+        `ValueError` for NaN, infinity and circular data, `RuntimeError` before
+        `accept()`, with nothing sent; `WebSocketDisconnect` when the connection has
+        ended. Source: RFC 8259.
+        """
+        text = _json(data)
+        if binary:
+            await self.send_bytes(text.encode())
+        else:
+            await self.send_text(text)
+
+
+# A header's name and value (RFC 9110, sections 5.1 and 5.5).
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\t -~\x80-\xff]*")
+# What the server itself writes on the answer to a handshake: ASGI reserves
+# Sec-WebSocket-Protocol ("Accept - send event"), RFC 6455 (section 4.2.2) the others,
+# and an answer with the status 101 has no body.
+_SERVERS_OWN = re.compile(
+    r"connection|upgrade|content-length|transfer-encoding|sec-websocket-.*", re.I
+)
+
+
 def _position(coroutine: Any) -> list[tuple[int, int]]:
     """Tell where a suspended coroutine, and all that it awaits, stands in its code."""
     position = []
@@ -268,11 +394,8 @@ def _position(coroutine: Any) -> list[tuple[int, int]]:
 # socket itself, which timers would keep alive: each holds the context it was made in.
 _current: contextvars.ContextVar[Any] = contextvars.ContextVar("django_ws")
 
-# "answering": accept() or close() has not come back from the server yet.
-_State = Literal["connecting", "answering", "open", "closed"]
 
-
-class WebSocket:
+class WebSocket(_End):
     """The server's end of one WebSocket, handed to a view as its first argument.
 
     Every attribute that is not listed here is that of `request`, the HttpRequest of the
@@ -284,57 +407,28 @@ class WebSocket:
     One task at a time may receive; any number may send.
     """
 
-    # Seconds after which it is asked whether a busy view's client has left, and those
-    # that a view has to clean up where it is not certain that it knows of the end.
+    #: Seconds after which it is asked whether a busy view's client has left, and those
+    #: that a view has to clean up where it is not certain that it knows of the end.
     WATCH = 1.0
     GRACE = 30.0
 
-    __slots__ = (
-        "scope",
-        "request",
-        "_receive",
-        "_send",
-        "_lease",
-        "_connect",
-        "_refuse",
-        "_headers",
-        "_state",
-        "_end",
-        "_task",
-        "_told",
-        "_cancelling",
-        "_view",
-        "_hearer",
-        "_position",
-        "_deadline",
-        "_waiting",
-        "_ahead",
-        "_timer",
-        "_groups",
-        "_outbox",
-        "__dict__",  # what decorators set on a request; made when first needed
-        "__weakref__",
-    )
+    _message = "websocket.send"
 
     def __init__(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        lease: Any,
+        self, scope: Scope, connect: Event, receive: Receive, send: Send, lease: Any
     ) -> None:
         self.scope = scope
-        self.request: ASGIRequest
+        self.request: asgi.ASGIRequest
         self._receive = receive
         self._send = send
         self._lease = lease
-        # Of the handshake, until it is answered: the event that began it, what refuses
-        # it, and the headers that the middleware adds to its answer.
-        self._connect: Event | None = None
-        self._refuse: Callable[[Any], Awaitable[None]] | None = None
-        self._headers: Iterable[tuple[bytes, bytes]] = ()
-        self._state: _State = "connecting"
+        self._state = "connecting"
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
+        # Until the handshake is answered: the event that began it, what refuses it, and
+        # the headers that the middleware adds to its answer.
+        self._connect: Event | None = connect
+        self._refuse: abc.Callable[[Any], abc.Awaitable[None]] | None = None
+        self._headers: abc.Iterable[tuple[bytes, bytes]] = ()
         # The view's task and coroutine, and how it knows of the end: by an exception or
         # its own close(), or because it was cancelled.
         self._task: asyncio.Task[Any] | None = None
@@ -346,11 +440,13 @@ class WebSocket:
         # A task of the view's that learned of the end and may be cleaning up, and where
         # the view itself was then: if it has moved on since, it may know, too.
         self._hearer: asyncio.Task[Any] | None = None
-        self._position: Iterable[tuple[int, int]] = ()
+        self._position: abc.Iterable[tuple[int, int]] = ()
         self._deadline = 0.0
-        # Whether a task waits in receive(), what reads ahead where none does for
-        # a second, and the timer for that second.
-        self._waiting = False
+        # The task that waits in receive(), how often it had been cancelled when the end
+        # came from outside, what reads ahead where none waits for a second, and the
+        # timer for that second.
+        self._receiver: asyncio.Task[Any] | None = None
+        self._woken: int | None = None
         self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
         # The groups that it is in, and what waits for its client to read.
@@ -379,7 +475,7 @@ class WebSocket:
         return self.request.path
 
     @property
-    def query_params(self) -> QueryDict:
+    def query_params(self) -> http.QueryDict:
         """The parameters of the query string (QueryDict), as `request.GET`."""
         return self.request.GET
 
@@ -396,11 +492,6 @@ class WebSocket:
         """
         return list(self.scope.get("subprotocols") or ())
 
-    @property
-    def connected(self) -> bool:
-        """Whether messages can go by: after `accept()`, until either side's end."""
-        return self._state == "open"
-
     async def receive(self) -> Event:
         """Return the next ASGI event (a mapping), as the server gave it.
 
@@ -412,14 +503,14 @@ class WebSocket:
         Raises `WebSocketDisconnect` after the end.
         Source: ASGI, "WebSocket".
         """
-        if self._waiting:
+        if self._receiver is not None:
             raise RuntimeError("another task is receiving from this WebSocket")
         if self._lease.worker is not None:
             self._lease.release()
         if self._connect is not None:
             event, self._connect = self._connect, None
             return event
-        self._waiting = True
+        self._receiver = task = asyncio.current_task()
         try:
             if self._ahead is not None:
                 await asyncio.wait([self._ahead])  # cancelling this leaves it alone
@@ -432,14 +523,15 @@ class WebSocket:
             else:
                 event = await self._receive()
         except asyncio.CancelledError:
-            if self._told == "cancelled" and asyncio.current_task() is self._task:
-                # Ended from outside, by close_group() say: as when the client leaves.
-                self._told = "raised"
-                if self._task and self._task.uncancel() <= self._cancelling:
-                    raise self._disconnect() from None
-            raise
+            if self._woken is None or task is None:
+                raise
+            # Ended from outside, by close_group() say: as when the client leaves.
+            before, self._woken = self._woken, None
+            if task.uncancel() > before:
+                raise
+            raise self._disconnect() from None
         finally:
-            self._waiting = False
+            self._receiver = None
             if self._timer is None:
                 self._watch()
         if event["type"] == "websocket.disconnect":
@@ -459,7 +551,7 @@ class WebSocket:
         if self._state == "closed":
             if not self._told and self._task is not None:
                 self._cancel(self._task)
-        elif not self._waiting:
+        elif self._receiver is None:
             if self._ahead is None:
                 # One event ahead of the view: it may be the end. Any more would take
                 # the server's back-pressure away.
@@ -467,6 +559,15 @@ class WebSocket:
                 self._ahead.add_done_callback(self._looked)
             elif self._ahead.done():
                 self._looked(self._ahead)
+
+    def _looked(self, ahead: asyncio.Future[Event]) -> None:
+        if self._task is None or self._receiver is not None or self._ahead is not ahead:
+            return
+        if ahead.cancelled() or ahead.exception() is not None:
+            self._ahead = None  # the view will see when it asks the server itself
+        elif ahead.result()["type"] == "websocket.disconnect":
+            self._left(ahead.result())
+            self._look()
 
     def _cancel(self, task: asyncio.Task[Any]) -> None:
         """Cancel the view, unless it may know of the end and be cleaning up."""
@@ -478,15 +579,6 @@ class WebSocket:
             return  # somebody else did
         self._told, self._cancelling = "cancelled", task.cancelling()
         task.cancel()
-
-    def _looked(self, ahead: asyncio.Future[Event]) -> None:
-        if self._task is None or self._waiting or self._ahead is not ahead:
-            return
-        if ahead.cancelled() or ahead.exception() is not None:
-            self._ahead = None  # the view will see when it asks the server itself
-        elif ahead.result()["type"] == "websocket.disconnect":
-            self._left(ahead.result())
-            self._look()
 
     def _left(self, event: Event) -> None:
         self._ended(event.get("code") or 1005, event.get("reason") or "")
@@ -501,10 +593,12 @@ class WebSocket:
     def _end_from_outside(self, code: int, reason: str) -> None:
         """End the socket, and its view as when the client leaves."""
         if self._state == "open":
-            self._state, self._end = "closed", (code, reason)
-            if asyncio.current_task() is self._task:
-                self._told = "raised"
-            self._look()
+            self._ended(code, reason)
+            if self._receiver is not None:
+                self._woken = self._receiver.cancelling()
+                self._receiver.cancel()
+            else:
+                self._look()
 
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
@@ -535,7 +629,8 @@ class WebSocket:
 
         `websocket.accept` or `websocket.close` before the handshake's end,
         `websocket.send` or `websocket.close` after it. It waits while the client reads
-        more slowly than the view sends (the server's back-pressure).
+        more slowly than the view sends (the server's back-pressure), and for what was
+        sent to the socket's groups before.
 
         Cancelling it is safe: the event was sent, or it was not; part of it never.
 
@@ -543,61 +638,51 @@ class WebSocket:
         `WebSocketDisconnect` after the end.
         Source: ASGI, "WebSocket".
         """
-        kind = event["type"]
-        if self._state != "open" or kind != "websocket.send":
-            self._check(kind, event)
+        if self._state != "open" or event["type"] != "websocket.send":
+            self._check(event)
+        if self._outbox is not None:
+            if not await self._outbox.send(event):
+                raise self._disconnect()
+            return
         try:
             await self._send(event)
-        except BaseException as error:
-            if isinstance(error, (OSError, RuntimeError)):
-                # OSError is what a server raises when the client has gone (ASGI 2.4),
-                # and RuntimeError what some raise where they closed by themselves (no
-                # answer to a ping, a message too big) and `receive` has not told yet.
-                self._ended(CloseCode.ABNORMAL_CLOSURE, "")
-                raise self._disconnect() from error
-            self._unanswered()
+        except (OSError, RuntimeError) as error:
+            # OSError is what a server raises when the client has gone (ASGI 2.4), and
+            # RuntimeError what some raise where they closed by themselves (no answer to
+            # a ping, a message too big) and `receive` has not told yet.
+            self._ended(CloseCode.ABNORMAL_CLOSURE, "")
+            raise self._disconnect() from error
+        except BaseException:
+            if self._refuse is not None and self._state == "open":
+                self._state = "connecting"  # no answer to the handshake went out
             raise
-        if self._state == "answering":
-            self._answered()
-            if kind == "websocket.accept":
-                self._state = "open"
-            else:
-                self._ended(event.get("code") or 1000, event.get("reason") or "")
+        if self._refuse is not None:  # that was the answer
+            self._connect = self._refuse = None
+            self._headers = ()
 
-    def _check(self, kind: str, event: Event) -> None:
+    def _check(self, event: Event) -> None:
         """Let an event other than a message pass, or raise."""
+        kind = event["type"]
         if self._state == "closed":
             raise self._disconnect()
-        if self._state == "answering":
-            raise RuntimeError("another task is in accept() or close(): await it first")
-        if self._state == "connecting":
-            if kind not in ("websocket.accept", "websocket.close"):
-                raise RuntimeError(f"call accept() before sending a {kind}")
-            self._state = "answering"
-        elif kind == "websocket.close":
+        if kind == "websocket.close":
             self._ended(event.get("code") or 1000, event.get("reason") or "")
-        elif kind == "websocket.accept":
-            raise RuntimeError("accept() was called before")
-        else:
+        elif self._state == "open":
+            if kind == "websocket.accept":
+                raise RuntimeError("accept() was called before")
             raise RuntimeError(f"{kind!r} is no event that can be sent")
-
-    def _handshake(
-        self,
-        connect: Event,
-        refuse: Callable[[Any], Awaitable[None]],
-        headers: list[tuple[bytes, bytes]],
-    ) -> None:
-        self._connect, self._refuse, self._headers = connect, refuse, headers
-
-    def _unanswered(self) -> None:
-        if self._state == "answering":  # the client may have left meanwhile
-            self._state = "connecting"
-
-    def _answered(self) -> None:
-        self._connect, self._refuse, self._headers = None, None, ()
+        elif kind == "websocket.accept":
+            self._state = "open"
+        else:
+            raise RuntimeError(f"call accept() before sending a {kind}")
 
     async def accept(
-        self, subprotocol: str | None = None, headers: Headers = ()
+        self,
+        subprotocol: str | None = None,
+        headers: (
+            abc.Mapping[Any, str | bytes]
+            | abc.Iterable[tuple[str | bytes, str | bytes]]
+        ) = (),
     ) -> None:
         """Complete the handshake.
 
@@ -616,28 +701,18 @@ class WebSocket:
                 f"the client did not offer the subprotocol {subprotocol!r}, "
                 f"but {self.subprotocols}"
             )
-        pairs: Iterable[Any] = headers
-        if isinstance(headers, Mapping):
-            pairs = headers.items()
-        added: list[tuple[bytes, bytes]] = []
+        lines = list(self._headers)
+        pairs: Any = headers.items() if isinstance(headers, abc.Mapping) else headers
         for pair in pairs:
             # Django's own rules for a header: no line breaks, ASCII, latin-1.
-            for name, value in ResponseHeaders(dict([pair])).items():
-                value = value.strip(" \t")
-                if (
-                    not _TOKEN.fullmatch(name)
-                    or not _VALUE.fullmatch(value)
-                    or _SERVERS_OWN.fullmatch(name)
-                ):
-                    raise ValueError(f"accept() cannot send the header {name!r}")
-                added.append((name.lower().encode("ascii"), value.encode("latin-1")))
-        await self.send(
-            {
-                "type": SendEvent.ACCEPT,
-                "subprotocol": subprotocol,
-                "headers": [*self._headers, *added],
-            }
-        )
+            [(name, value)] = ResponseHeaders(dict([pair])).items()
+            value = value.strip(" \t")
+            valid = _TOKEN.fullmatch(name) and _VALUE.fullmatch(value)
+            if not valid or _SERVERS_OWN.fullmatch(name):
+                raise ValueError(f"accept() cannot send the header {name!r}")
+            lines.append((name.lower().encode("ascii"), value.encode("latin-1")))
+        accept = {"type": SendEvent.ACCEPT, "subprotocol": subprotocol}
+        await self.send({**accept, "headers": lines})
 
     async def close(
         self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
@@ -655,161 +730,12 @@ class WebSocket:
         """
         code, reason = _close_arguments(code, reason)
         if self._state == "connecting" and self._refuse is not None:
-            self._state = "answering"
-            try:
-                await self._refuse(None)
-            finally:
-                self._unanswered()
+            await self._refuse(None)
             self._ended(code, reason)
         elif self._state != "closed":
             with suppress(WebSocketDisconnect):
-                await self.send(
-                    {"type": SendEvent.CLOSE, "code": code, "reason": reason}
-                )
-
-    def _unexpected(self, expected: str) -> Exception:
-        """Return why the event that `receive` just gave is not the one expected."""
-        if self._state == "closed":
-            return self._disconnect()
-        return InvalidMessage(CloseCode.UNSUPPORTED_DATA, f"{expected} expected")
-
-    async def _receive_message(self) -> str | bytes:
-        if self._state not in ("open", "closed"):
-            raise RuntimeError("call accept() before receiving messages")
-        event = await self.receive()
-        message: str | bytes | None = event.get("text")
-        if message is None:
-            message = event.get("bytes")
-        if message is None:
-            raise self._unexpected("a message was")
-        return message
-
-    async def receive_text(self) -> str:
-        """Return the client's next message, which must be text (str).
-
-        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost
-        (granian's own `receive` loses some).
-
-        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
-        (1003) when the message is binary; `RuntimeError` before `accept()`.
-        Source: RFC 6455, section 5.6.
-        """
-        if self._state not in ("open", "closed"):
-            raise RuntimeError("call accept() before receive_text()")
-        text: str | None = (await self.receive()).get("text")
-        if text is None:
-            raise self._unexpected("text was")
-        return text
-
-    async def receive_bytes(self) -> bytes:
-        """Return the client's next message, which must be binary (bytes).
-
-        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost
-        (granian's own `receive` loses some).
-
-        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
-        (1003) when the message is text; `RuntimeError` before `accept()`.
-        Source: RFC 6455, section 5.6.
-        """
-        if self._state not in ("open", "closed"):
-            raise RuntimeError("call accept() before receive_bytes()")
-        data: bytes | None = (await self.receive()).get("bytes")
-        if data is None:
-            raise self._unexpected("bytes were")
-        return data
-
-    async def receive_json(self) -> Any:
-        """Return the value of the client's next message, JSON in text or in bytes.
-
-        Cancelling it is safe, by `asyncio.timeout()` for example: no message is lost
-        (granian's own `receive` loses some).
-
-        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
-        (1007) when the message is no JSON in UTF-8, is nested too deeply for Python or
-        has a number out of Python's range; `RuntimeError` before `accept()`.
-        Source: RFC 8259.
-        """
-        message = await self._receive_message()
-        try:
-            return _decode_json(
-                message if isinstance(message, str) else message.decode()
-            )
-        except (ValueError, RecursionError) as error:
-            raise InvalidMessage(
-                CloseCode.INVALID_FRAME_PAYLOAD_DATA, "JSON was expected"
-            ) from error
-
-    async def iter_text(self) -> AsyncIterator[str]:
-        """Yield the client's messages as `receive_text()` does, until it is gone."""
-        with suppress(WebSocketDisconnect):
-            while True:
-                yield await self.receive_text()
-
-    async def iter_bytes(self) -> AsyncIterator[bytes]:
-        """Yield the client's messages as `receive_bytes()` does, until it is gone."""
-        with suppress(WebSocketDisconnect):
-            while True:
-                yield await self.receive_bytes()
-
-    async def iter_json(self) -> AsyncIterator[Any]:
-        """Yield the client's messages as `receive_json()` does, until it is gone."""
-        with suppress(WebSocketDisconnect):
-            while True:
-                yield await self.receive_json()
-
-    async def __aiter__(self) -> AsyncIterator[str | bytes]:
-        """Yield the client's messages as they were sent, until it is gone."""
-        with suppress(WebSocketDisconnect):
-            while True:
-                yield await self._receive_message()
-
-    async def send_text(self, text: str) -> None:
-        """Send `text` (str) as one text message.
-
-        It waits while the client reads too slowly. Cancelling it is safe: the message
-        was sent, or it was not.
-
-        Raises `TypeError` for anything but str and `RuntimeError` before `accept()`,
-        with nothing sent; `WebSocketDisconnect` when the connection has ended.
-        Source: RFC 6455, section 5.6.
-        """
-        if not isinstance(text, str):
-            raise TypeError(f"send_text() takes str, not {type(text).__name__}")
-        await self.send({"type": "websocket.send", "text": text})
-
-    async def send_bytes(self, data: bytes | bytearray | memoryview) -> None:
-        """Send `data` (bytes, bytearray, memoryview or alike) as one binary message.
-
-        It waits while the client reads too slowly. Cancelling it is safe: the message
-        was sent, or it was not.
-
-        Raises `TypeError` for anything that is not bytes-like and `RuntimeError` before
-        `accept()`, with nothing sent; `WebSocketDisconnect` when the connection has
-        ended.
-        Source: RFC 6455, section 5.6.
-        """
-        if not isinstance(data, bytes):
-            data = bytes(memoryview(data))  # bytes(5) would be five zeros
-        await self.send({"type": "websocket.send", "bytes": data})
-
-    async def send_json(self, data: Any, *, binary: bool = False) -> None:
-        """Send `data` as JSON, in one text message or, with `binary`, in a binary one.
-
-        Dates, times, UUIDs, decimals and lazy strings are written as Django's
-        `DjangoJSONEncoder` does, without spaces, non-ASCII characters as themselves.
-        It waits while the client reads too slowly. Cancelling it is safe: the message
-        was sent, or it was not.
-
-        Raises `TypeError` for what JSON cannot carry, `ValueError` for NaN, infinity
-        and circular data, `RuntimeError` before `accept()`, with nothing sent;
-        `WebSocketDisconnect` when the connection has ended.
-        Source: RFC 8259.
-        """
-        text = _json(data)
-        if binary:
-            await self.send_bytes(text.encode())
-        else:
-            await self.send_text(text)
+                close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+                await self.send(close)
 
     async def join(self, group: str) -> None:
         """Put the socket into a group (str) until it leaves or ends.
@@ -820,7 +746,7 @@ class WebSocket:
 
         Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end.
         """
-        if self._state not in ("open", "closed"):
+        if self._state == "connecting":
             raise RuntimeError("call accept() before join()")
         if self._state == "closed" or self._task is None:  # a task outlived the view
             raise self._disconnect()
@@ -851,9 +777,9 @@ class WebSocket:
         if close:  # at once, also for a client that does not read
             self._end_from_outside(event["code"], event["reason"])
         if self._outbox is not None:
-            self._outbox.events.append(event)
+            self._outbox.events.append((event, None))
             if len(self._outbox.events) > 2 * limit:
-                self._outbox.overflow(self)  # whoever broadcast did not wait for room
+                self._outbox.overflow()  # whoever broadcast did not wait for room
             return close or len(self._outbox.events) < limit
         sending = self._send(event).__await__()
         try:
@@ -883,7 +809,7 @@ def _name(group: str) -> str:
 
 
 @types.coroutine
-def _rest(sending: Any, future: Any) -> Iterator[Any]:
+def _rest(sending: Any, future: Any) -> abc.Iterator[Any]:
     """Go on with a coroutine that was run by hand up to where it waits for `future`."""
     while True:
         try:
@@ -906,50 +832,65 @@ class _Outbox:
     # without a pause.
     PATIENCE = 0.25
 
-    def __init__(self, socket: WebSocket, first: Awaitable[None]) -> None:
-        self.events: collections.deque[Event] = collections.deque()
+    def __init__(self, socket: WebSocket, first: abc.Awaitable[None]) -> None:
+        self.socket = socket
+        # Each with the future that a view waits for which sent it by itself.
+        self.events: deque[tuple[Event, asyncio.Future[bool] | None]] = deque()
         self.room = asyncio.Event()
         self.patience = self.PATIENCE
-        self.task = asyncio.get_running_loop().create_task(self.drain(socket, first))
+        self.task = asyncio.get_running_loop().create_task(self.drain(first))
 
-    async def drain(self, socket: WebSocket, first: Awaitable[None]) -> None:
+    async def drain(self, first: abc.Awaitable[None]) -> None:
         """Send all that waits, in order, as fast as the client reads."""
         try:
             await first
             while self.events:
-                event = self.events.popleft()
+                event, future = self.events.popleft()
                 self.room.set()
-                if event["type"] == "websocket.close":
-                    self.events.clear()
-                    socket._end_from_outside(event["code"], event["reason"])
-                await socket._send(event)
+                if future is None or not future.cancelled():
+                    await self.socket._send(event)
+                if future is not None and not future.cancelled():
+                    future.set_result(True)
         except Exception as error:
-            socket._failed(error)
+            self.socket._failed(error)
         finally:
-            self.room.set()
-            socket._outbox = None
+            self.drop()
+            self.socket._outbox = None
 
-    async def make_room(self, socket: WebSocket, limit: int) -> None:
+    def drop(self) -> None:
+        """Send nothing of what waits."""
+        for _, future in self.events:
+            if future is not None and not future.cancelled():
+                future.set_result(False)
+        self.events.clear()
+        self.room.set()
+
+    async def send(self, event: Event) -> bool:
+        """Send an event of the view's own in its turn; return whether it was sent."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.events.append((event, future))
+        return await future
+
+    async def make_room(self, limit: int) -> None:
         """Wait a moment for room; without it, the client loses its connection."""
         start = time.monotonic()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.patience):
-                while socket._outbox is self and len(self.events) >= limit:
+                while len(self.events) >= limit:
                     self.room.clear()
                     await self.room.wait()
         self.patience -= time.monotonic() - start
-        if socket._outbox is self and len(self.events) >= limit:
-            self.overflow(socket)
+        if len(self.events) >= limit:
+            self.overflow()
 
-    def overflow(self, socket: WebSocket) -> None:
+    def overflow(self) -> None:
         """Give up a client that reads too slowly, but for the news that it was."""
-        if socket._state == "open":
+        if self.socket._state == "open":
             code, reason = CloseCode.TRY_AGAIN_LATER, "reads too slowly"
-            self.events.clear()
-            self.events.append(
-                {"type": SendEvent.CLOSE, "code": code, "reason": reason}
-            )
-            socket._end_from_outside(code, reason)
+            self.socket._end_from_outside(code, reason)
+            self.drop()
+            close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+            self.events.append((close, None))
 
 
 class _Groups:
@@ -992,14 +933,12 @@ class _Groups:
         full = []
         for socket in tuple(self.members.get(group, ())):
             if not socket._push(event, self.limit):
-                full.append(socket)
+                full.append(socket._outbox)
             self.pushes += 1
             if self.pushes % 100 == 0:
                 await asyncio.sleep(0)  # the turn of the sockets outside the group
         if full:  # all at once: none waits for another's sake
-            outboxes = [(socket, socket._outbox) for socket in full]
-            rooms = [box.make_room(one, self.limit) for one, box in outboxes if box]
-            await asyncio.gather(*rooms)
+            await asyncio.gather(*[box.make_room(self.limit) for box in full if box])
 
 
 class _RedisGroups(_Groups):
@@ -1011,28 +950,28 @@ class _RedisGroups(_Groups):
     PAUSES = (0.1, 10.0)
 
     def __init__(self, options: dict[str, Any]) -> None:
-        super().__init__(options)
-        self.url, self.prefix = options["REDIS_URL"], options["PREFIX"]
-        self.client, self.subscriber = self.connect(), self.connect()
-        self.listener: asyncio.Task[None] | None = None
-        self.pubsub: Any = None
-        self.lock = asyncio.Lock()
-        # The groups that Redis was asked for, and those that it has confirmed.
-        self.asked: set[str] = set()
-        self.confirmed: dict[str, asyncio.Event] = {}
-
-    def connect(self) -> Any:
         from redis.asyncio import BlockingConnectionPool, Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
+        super().__init__(options)
+        self.prefix = options["PREFIX"]
         # Many broadcasts at once wait for each other. No second try for any of them: it
         # could send a message twice.
-        retry = Retry(NoBackoff(), 0)
-        pool = BlockingConnectionPool.from_url(
-            self.url, max_connections=10, timeout=20, retry=retry
+        retry, url = Retry(NoBackoff(), 0), options["REDIS_URL"]
+        self.client = Redis.from_pool(
+            BlockingConnectionPool.from_url(url, max_connections=10, retry=retry)
         )
-        return Redis.from_pool(pool)
+        self.listener: asyncio.Task[None] | None = None
+        self.down = False
+        # The groups that Redis was asked for, and those that joined or lost their last
+        # socket since; who waits to hear that Redis was asked for a group, and, for
+        # each ping on its way, who waits for its answer.
+        self.asked: set[str] = set()
+        self.changed: set[str] = set()
+        self.joining: list[asyncio.Future[None]] = []
+        self.pings: deque[list[asyncio.Future[None]]] = deque()
+        self.wake = asyncio.Event()
 
     def channel(self, group: str) -> bytes:
         return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
@@ -1040,115 +979,129 @@ class _RedisGroups(_Groups):
     async def join(self, group: str, socket: WebSocket) -> None:
         """Add a socket, and wait until Redis has confirmed the subscription."""
         await super().join(group, socket)
-        confirmed = self.confirmed.setdefault(group, asyncio.Event())
+        loop = asyncio.get_running_loop()
+        confirmed = loop.create_future()
+        self.joining.append(confirmed)
+        self.changed.add(group)
+        self.wake.set()
         if self.listener is None:
-            self.listener = asyncio.get_running_loop().create_task(self.listen())
-        elif group not in self.asked:
-            await self.subscribe()
-        await confirmed.wait()
+            self.listener = loop.create_task(self.listen())
+        await confirmed
 
     def leave(self, group: str, socket: WebSocket) -> None:
         """Remove a socket, and unsubscribe from a group without any."""
         super().leave(group, socket)
         if group not in self.members:
-            loop = asyncio.get_running_loop()
-            task = loop.create_task(self.subscribe())
-            _background.add(task)
-            task.add_done_callback(_background.discard)
-
-    async def subscribe(self) -> None:
-        """Let Redis send what the groups that have sockets here get, and no more."""
-        from redis.exceptions import RedisError
-
-        async with self.lock:
-            if self.pubsub is None:
-                return  # the listener subscribes to all when it is connected
-            wanted = set(self.members)
-            new, old = wanted - self.asked, self.asked - wanted
-            self.asked = wanted
-            for group in old:
-                self.confirmed.pop(group, None)
-            with suppress(RedisError, OSError):  # the listener sees it too
-                if new:
-                    await self.pubsub.subscribe(*map(self.channel, new))
-                if old:
-                    await self.pubsub.unsubscribe(*map(self.channel, old))
+            self.changed.add(group)
+            self.wake.set()
 
     async def listen(self) -> None:
-        """Receive from Redis while there are members, and connect again and again."""
-        pause, down = self.PAUSES[0], False
+        """Listen to Redis while there are members; connect again and again."""
+        pause = self.PAUSES[0]
         while self.members:
-            pubsub = self.subscriber.pubsub()
+            pubsub: Any = self.client.pubsub()
             try:
-                self.asked = set(self.members)
-                await pubsub.subscribe(*map(self.channel, self.asked))
-                self.pubsub = pubsub
-                await self.subscribe()  # who came meanwhile
-                silent = False
-                while self.members:
-                    message = await pubsub.get_message(timeout=self.SILENCE)
-                    if message is None:
-                        if silent:
-                            raise ConnectionError("Redis does not answer")
-                        await pubsub.ping()
-                    elif down:
-                        _logger.warning("Redis is back: groups work again")
-                        pause, down = self.PAUSES[0], False
-                    silent = message is None
-                    if message is not None:
-                        try:
-                            await self.handle(message)
-                        except ValueError:
-                            _logger.warning("No message of django_ws: %r", message)
+                await pubsub.connect()
+                # All over again, on a connection that knows of nothing.
+                self.asked, self.changed = set(), set(self.members)
+                self.joining.extend(chain(*self.pings))
+                self.pings.clear()
+                async with asyncio.TaskGroup() as tasks:
+                    reader = tasks.create_task(self.read(pubsub))
+                    await self.subscribe(pubsub)
+                    reader.cancel()
             except Exception as error:  # whatever it is, sockets wait for their groups
-                if not down:
+                if isinstance(error, ExceptionGroup):
+                    error = error.exceptions[0]
+                if not self.down:
                     _logger.warning("Redis is away, groups get no messages: %s", error)
-                down = True
-                for confirmed in self.confirmed.values():
-                    confirmed.clear()
+                    self.down, pause = True, self.PAUSES[0]
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, self.PAUSES[1])
             finally:
-                self.pubsub = None
                 await pubsub.aclose()
         self.listener = None
-        for client in (self.client, self.subscriber):
-            await client.connection_pool.disconnect(inuse_connections=False)
+        for future in chain(self.joining, *self.pings):
+            future.cancel()  # of sockets that have ended
+        await self.client.connection_pool.disconnect(inuse_connections=False)
+
+    async def subscribe(self, pubsub: Any) -> None:
+        """Let Redis send what the groups that have sockets here get, and no more.
+
+        Redis answers in order: the answer to a ping confirms all that was asked before.
+        """
+        while self.members:
+            changed, self.changed = self.changed, set()
+            new = (changed & self.members.keys()) - self.asked
+            old = (changed & self.asked) - self.members.keys()
+            joining, self.joining = self.joining, []
+            self.pings.append(joining)
+            self.asked = (self.asked | new) - old
+            if new:
+                await pubsub.subscribe(*map(self.channel, new))
+            if old:
+                await pubsub.unsubscribe(*map(self.channel, old))
+            await pubsub.ping()
+            await self.wake.wait()
+            self.wake.clear()
+
+    async def read(self, pubsub: Any) -> None:
+        """Handle what Redis sends."""
+        silent = False
+        while True:
+            message = await pubsub.get_message(timeout=self.SILENCE)
+            if message is not None:
+                await self.handle(message)
+            elif silent:
+                raise ConnectionError("Redis does not answer")
+            else:
+                self.wake.set()  # for a ping
+            silent = message is None
 
     async def handle(self, message: dict[str, Any]) -> None:
-        channel = message["channel"] or b""
-        group = channel.decode("utf-8", "surrogatepass").removeprefix(f"{self.prefix}:")
-        if message["type"] == "subscribe" and group in self.confirmed:
-            self.confirmed[group].set()
+        if message["type"] == "pong" and self.pings:
+            if self.down:
+                _logger.warning("Redis is back: groups work again")
+                self.down = False
+            for future in self.pings.popleft():
+                if not future.done():
+                    future.set_result(None)
         elif message["type"] == "message":
+            channel = message["channel"].decode("utf-8", "surrogatepass")
+            group = channel.removeprefix(f"{self.prefix}:")
             kind, data = message["data"][:1], message["data"][1:]
-            if kind == b"c":
-                code, _, reason = data.decode().partition(" ")
-                close = {"type": SendEvent.CLOSE, "code": int(code), "reason": reason}
-                await self.deliver(group, close)
-            else:
-                body = {"text": data.decode()} if kind == b"t" else {"bytes": data}
-                await self.deliver(group, {"type": SendEvent.SEND, **body})
+            try:
+                event = {"type": SendEvent.SEND, "bytes": data}
+                if kind == b"t":
+                    event = {"type": SendEvent.SEND, "text": data.decode()}
+                elif kind == b"c":
+                    number, _, reason = data.decode().partition(" ")
+                    code, reason = _close_arguments(int(number), reason)
+                    event = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+            except ValueError:
+                return _logger.warning("No message of django_ws: %r", message)
+            await self.deliver(group, event)
 
     async def publish(self, group: str, event: Event) -> None:
         """Publish an event on Redis; the listeners of all processes deliver it."""
+        from redis.exceptions import ConnectionError as RedisConnectionError
+        from redis.exceptions import TimeoutError as RedisTimeoutError
+
         if event["type"] == SendEvent.CLOSE:
             data = b"c" + f"{event['code']} {event['reason']}".encode()
         elif "text" in event:
             data = b"t" + event["text"].encode()
         else:
             data = b"b" + event["bytes"]
-        from redis.exceptions import ConnectionError as RedisConnectionError
-        from redis.exceptions import TimeoutError as RedisTimeoutError
-
         try:
-            if self.listener is not None:
-                await self.client.publish(self.channel(group), data)
-            else:  # a process, or an event loop of a moment, without sockets
-                async with self.client:
-                    await self.client.publish(self.channel(group), data)
+            await self.client.publish(self.channel(group), data)
         except RedisTimeoutError as error:
             raise RedisConnectionError("Redis does not answer") from error
+        finally:
+            if (
+                self.listener is None
+            ):  # a process, or a loop of a moment, without sockets
+                await self.client.connection_pool.disconnect(inuse_connections=False)
 
 
 def _options() -> dict[str, Any]:
@@ -1158,15 +1111,17 @@ def _options() -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ImproperlyConfigured("WEBSOCKETS must be a dict")
     for name, value in given.items():
+        wrong = f"WEBSOCKETS[{name!r}]"
         if name not in options:
-            known = ", ".join(options)
-            raise ImproperlyConfigured(f"WEBSOCKETS[{name!r}]: there are only {known}")
-        if type(value) is not type(options[name]):
-            wanted = type(options[name]).__name__
-            raise ImproperlyConfigured(f"WEBSOCKETS[{name!r}] must be {wanted}")
+            raise ImproperlyConfigured(f"{wrong}: there are only {', '.join(options)}")
+        kind = type(options[name])
+        if type(value) is not kind:
+            raise ImproperlyConfigured(f"{wrong} must be {kind.__name__}")
         options[name] = value
     if options["OUTBOX"] < 1:
         raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be 1 or more")
+    if ":" in options["PREFIX"]:  # else "a" with the group "b:c" were "a:b" with "c"
+        raise ImproperlyConfigured("WEBSOCKETS['PREFIX'] must have no colon")
     if options["REDIS_URL"]:
         if not importlib.util.find_spec("redis"):
             raise ImproperlyConfigured("WEBSOCKETS['REDIS_URL']: pip install redis")
@@ -1236,7 +1191,7 @@ async def close_group(
 # URLs
 
 
-class _SwitchingProtocols(HttpResponse):
+class _SwitchingProtocols(http.HttpResponse):
     """What the middleware sees of an accepted handshake; it never goes out itself."""
 
     status_code = 101
@@ -1248,7 +1203,7 @@ class _SwitchingProtocols(HttpResponse):
         self.call = call
 
 
-def _refuse_origin(request: HttpRequest) -> HttpResponse | None:
+def _refuse_origin(request: http.HttpRequest) -> http.HttpResponse | None:
     """Apply Django's origin check, which it runs on POST only, to a handshake.
 
     A browser lets any page open a WebSocket to any site and sends that site's cookies
@@ -1258,61 +1213,22 @@ def _refuse_origin(request: HttpRequest) -> HttpResponse | None:
     origin = request.META.get("HTTP_ORIGIN")
     # The one private corner of Django in this file: nothing public compares an origin
     # without asking for a CSRF token too.
-    middleware: Any = CsrfViewMiddleware(lambda request: HttpResponse())
+    middleware: Any = CsrfViewMiddleware(lambda request: http.HttpResponse())
     if origin is None or middleware._origin_verified(request):
         return None
-    response: HttpResponse = middleware._reject(request, REASON_BAD_ORIGIN % origin)
+    response: http.HttpResponse
+    response = middleware._reject(request, REASON_BAD_ORIGIN % origin)
     return response
 
 
-def _handshake_view(view: View) -> Callable[..., HttpResponse]:
-    """Make the ordinary, synchronous Django view that stands for a socket view."""
-    target: Any = view
-    while isinstance(target, partial) or hasattr(target, "__wrapped__"):
-        target = target.func if isinstance(target, partial) else target.__wrapped__
-    if not (iscoroutinefunction(target) or iscoroutinefunction(view)):
-        called = getattr(target, "__call__", None)
-        if isinstance(target, type) or not iscoroutinefunction(called):
-            name = getattr(target, "__qualname__", repr(target))
-            raise TypeError(
-                f"a WebSocket view is asynchronous: write 'async def' for {name}, "
-                "as in 'async def view(socket)' or, in a View class, "
-                "'async def get(self, socket)', and pass View.as_view()"
-            )
-
-    def handshake(request: HttpRequest, /, *args: Any, **kwargs: Any) -> HttpResponse:
-        if not _is_handshake(request):
-            return _upgrade_required(request)
-        request.get_host()  # ALLOWED_HOSTS, also where no middleware asks
-        refusal = None
-        if not getattr(handshake, "csrf_exempt", False):
-            refusal = _refuse_origin(request)
-        return refusal or _SwitchingProtocols(request, view, args, kwargs)
-
-    update_wrapper(handshake, view, updated=())
-    for name, value in vars(view).items() if hasattr(view, "__dict__") else ():
-        # What decorators leave for the middleware (csrf_exempt, login_required), not
-        # the marker of View.as_view(): Django would await a synchronous view for it.
-        setattr(handshake, name, value)
-        if iscoroutinefunction(handshake):
-            delattr(handshake, name)
-    setattr(handshake, "websocket_view", view)
-    return handshake
-
-
-def _is_handshake(request: HttpRequest) -> bool:
-    return isinstance(request, ASGIRequest) and request.scope["type"] == "websocket"
-
-
-def _upgrade_required(request: HttpRequest) -> HttpResponse:
+def _upgrade_required(request: http.HttpRequest) -> http.HttpResponse:
     """Answer plain HTTP on a WebSocket route (RFC 9110, section 15.5.22)."""
-    response = HttpResponse(
+    response = http.HttpResponse(
         "This address speaks WebSocket.", status=426, content_type="text/plain"
     )
     # Hop-by-hop headers belong to the server under WSGI (PEP 3333) and do not exist in
     # HTTP/2 and later (RFC 9113, section 8.2.2).
-    scope = request.scope if isinstance(request, ASGIRequest) else {}
-    if scope.get("http_version", "2").startswith("1"):
+    if getattr(request, "scope", {}).get("http_version", "2").startswith("1"):
         response["Connection"] = "Upgrade"
         response["Upgrade"] = "websocket"
     # A proxy that does not pass the hop-by-hop Upgrade on still passes the key.
@@ -1331,12 +1247,48 @@ def _upgrade_required(request: HttpRequest) -> HttpResponse:
     return response
 
 
+def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponse]:
+    """Make the ordinary, synchronous Django view that stands for a socket view."""
+    target: Any = view
+    while isinstance(target, partial) or hasattr(target, "__wrapped__"):
+        target = target.func if isinstance(target, partial) else target.__wrapped__
+    called = None if isinstance(target, type) else getattr(target, "__call__", None)
+    if not (is_async(target) or is_async(view) or is_async(called)):
+        name = getattr(target, "__qualname__", repr(target))
+        raise TypeError(
+            f"a WebSocket view is asynchronous: write 'async def' for {name}, "
+            "as in 'async def view(socket)' or, in a View class, "
+            "'async def get(self, socket)', and pass View.as_view()"
+        )
+
+    def handshake(
+        request: http.HttpRequest, /, *args: Any, **kwargs: Any
+    ) -> http.HttpResponse:
+        if getattr(request, "scope", {}).get("type") != "websocket":
+            return _upgrade_required(request)
+        request.get_host()  # ALLOWED_HOSTS, also where no middleware asks
+        refusal = None
+        if not getattr(handshake, "csrf_exempt", False):
+            refusal = _refuse_origin(request)
+        return refusal or _SwitchingProtocols(request, view, args, kwargs)
+
+    update_wrapper(handshake, view, updated=())
+    for name, value in getattr(view, "__dict__", {}).items():
+        # What decorators leave for the middleware (csrf_exempt, login_required), not
+        # the marker of View.as_view(): Django would await a synchronous view for it.
+        setattr(handshake, name, value)
+        if is_async(handshake):
+            delattr(handshake, name)
+    setattr(handshake, "websocket_view", view)
+    return handshake
+
+
 def websocket(
     route: Any,
     view: View,
     kwargs: dict[str, Any] | None = None,
     name: str | None = None,
-) -> URLPattern:
+) -> urls.URLPattern:
     """Route a WebSocket to `view`: `django.urls.path` for sockets.
 
     It takes what `path()` takes (converters, extra arguments, a name) and works under
@@ -1347,7 +1299,7 @@ def websocket(
 
     Raises `TypeError` for a view that is not asynchronous.
     """
-    return path(route, _handshake_view(view), kwargs, name)
+    return urls.path(route, _handshake_view(view), kwargs, name)
 
 
 def re_websocket(
@@ -1355,24 +1307,23 @@ def re_websocket(
     view: View,
     kwargs: dict[str, Any] | None = None,
     name: str | None = None,
-) -> URLPattern:
+) -> urls.URLPattern:
     """Route a WebSocket to `view` by a regular expression: `django.urls.re_path`.
 
     As `websocket()` in everything else.
     """
-    return re_path(route, _handshake_view(view), kwargs, name)
+    return urls.re_path(route, _handshake_view(view), kwargs, name)
 
 
 # ASGI
 
 
-class _Worker(ThreadPoolExecutor):
-    """One thread of the pool, the number of sockets that hold it, and their jobs."""
+class _Worker(futures.ThreadPoolExecutor):
+    """One thread of the pool, the number of sockets that hold it, and of their jobs."""
 
     def __init__(self) -> None:
         super().__init__(1, "django_ws")
-        self.holders = 0
-        self.jobs: set[Future[Any]] = set()
+        self.holders = self.jobs = 0
 
 
 def _reconnect() -> None:
@@ -1397,7 +1348,7 @@ def _give_back() -> None:
             del connections[connection.alias]
 
 
-class _Lease(Executor):
+class _Lease(futures.Executor):
     """The worker thread of one socket, held only while it runs synchronous code.
 
     asgiref takes it for the executor of the connection's thread-sensitive context. One
@@ -1416,12 +1367,12 @@ class _Lease(Executor):
 
     def __init__(self) -> None:
         self.worker: _Worker | None = None
-        self.jobs: set[Future[Any]] = set()
+        self.jobs = 0
         self.timer: asyncio.TimerHandle | None = None
         self.used = self.checked = 0.0  # when a job ended, and the connections were
         self.ended = False  # the socket has ended; a job of it may still run
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def submit(self, fn: abc.Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `fn` on the thread that this socket holds (concurrent.futures)."""
         with self.lock:
             if self.worker is None:
@@ -1431,79 +1382,69 @@ class _Lease(Executor):
                 if self.free:
                     self.worker = self.free.pop()
                 else:  # all are taken: share
-                    self.worker = min(
-                        self.workers, key=lambda one: (len(one.jobs), one.holders)
-                    )
+                    self.worker = min(self.workers, key=lambda w: (w.jobs, w.holders))
                 self.worker.holders += 1
                 self.checked = 0.0
             worker = self.worker
-        # Before the first job, and now and then for a view that never gives it back.
-        if worker.holders == 1 and not self.jobs:
-            if time.monotonic() - self.checked > self.IDLE:
-                self.checked = time.monotonic()
-                worker.submit(_reconnect)
+            # Before the first job, and now and then for a view that never receives.
+            check = worker.holders == 1 and not self.jobs
+            self.jobs += 1
+            worker.jobs += 1
+        if check and time.monotonic() - self.checked > self.IDLE:
+            self.checked = time.monotonic()
+            worker.submit(_reconnect)
         if self.timer is None and not self.ended:
-            loop = asyncio.get_running_loop()
-            self.timer = loop.call_later(self.IDLE, self.check)
+            self.watch(self.IDLE)
         job = worker.submit(fn, *args, **kwargs)
-        self.jobs.add(job)
-        worker.jobs.add(job)
         job.add_done_callback(partial(self.done, worker))
         return job
 
-    def done(self, worker: _Worker, job: Future[Any]) -> None:
+    def done(self, worker: _Worker, job: futures.Future[Any]) -> None:
         """Note that a job has ended; called on whatever thread it ended."""
+        with self.lock:
+            self.jobs -= 1
+            worker.jobs -= 1
         self.used = time.monotonic()
-        worker.jobs.discard(job)
-        self.jobs.discard(job)
         if self.ended:
             self.release()
 
-    def check(self) -> None:
-        """Give the thread back when it ran nothing for a while."""
+    def watch(self, seconds: float) -> None:
+        """Give the thread back when it runs nothing for a while."""
+        loop = asyncio.get_running_loop()
+        self.timer = loop.call_later(seconds, self.look)
+
+    def look(self) -> None:
         self.timer = None
         idle = 0.0 if self.jobs else time.monotonic() - self.used
         if idle < self.IDLE:
-            loop = asyncio.get_running_loop()
-            self.timer = loop.call_later(self.IDLE - idle, self.check)
+            self.watch(self.IDLE - idle)
         else:
             self.release()
 
     def release(self, clean: bool = False) -> None:
         """Give the thread back, with its old connections closed as after a request."""
-        if self.jobs:
-            return  # not from under a child task of the view
-        if self.timer is not None:
+        with self.lock:
+            worker = self.worker
+            if self.jobs or worker is None:
+                return  # not from under a child task of the view
+            self.worker = None
+            worker.holders -= 1
+            # What another socket reads from an open cursor is not cut off.
+            if not worker.holders:
+                self.free.append(worker)
+                if not clean:
+                    worker.submit(_give_back)
+        if self.timer is not None and not self.ended:
             self.timer.cancel()
             self.timer = None
-        with self.lock:
-            worker, self.worker = self.worker, None
-            if worker is not None:
-                worker.holders -= 1
-                # What another socket reads from an open cursor is not cut off.
-                if not worker.holders:
-                    self.free.append(worker)
-                    if not clean:
-                        worker.submit(_give_back)
 
     def end(self) -> None:
         """Give the thread back now, or when its last job has ended."""
-        self.ended = True
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+        self.ended = True
         self.release()
-
-    @classmethod
-    def forked(cls) -> None:
-        """Forget threads and event loops that a child process does not have."""
-        cls.workers.clear()
-        cls.free.clear()
-        _Groups.loops.clear()
-
-
-# Where there is a fork at all.
-getattr(os, "register_at_fork", lambda **_: None)(after_in_child=_Lease.forked)
 
 
 def _without_disconnect(error: Exception) -> Exception | None:
@@ -1519,26 +1460,29 @@ def _without_disconnect(error: Exception) -> Exception | None:
     return None if isinstance(rest, WebSocketDisconnect) else rest
 
 
-@contextmanager
-def _request_signals(lease: _Lease) -> Iterator[None]:
-    """Let request_started and request_finished close this thread's old connections.
+async def _run_in_thread(
+    lease: _Lease, function: abc.Callable[..., Any], *args: Any
+) -> Any:
+    """Run a synchronous part of Django's, which sends its signals of a request."""
 
-    But not those of a TestCase, in whose thread and transaction its sockets run:
-    Django's own test client takes the same care.
-    """
-    both = (signals.request_started, signals.request_finished)
-    if lease.worker is None:
+    def run() -> Any:
+        if lease.worker is not None:
+            return function(*args)
+        # In the thread of a TestCase, whose transaction the signals must not end:
+        # Django's own test client takes the same care.
+        both = signals.request_started, signals.request_finished
         for signal in both:
             signal.disconnect(close_old_connections)
-    try:
-        yield
-    finally:
-        if lease.worker is None:
+        try:
+            return function(*args)
+        finally:
             for signal in both:
                 signal.connect(close_old_connections)
 
+    return await sync_to_async(run)()
 
-class WebSocketHandler(ASGIHandler):
+
+class WebSocketHandler(asgi.ASGIHandler):
     """Django's request handler, for handshakes, and what comes after them."""
 
     #: Seconds that a client has, when its view has ended, to read what waits for it.
@@ -1549,11 +1493,11 @@ class WebSocketHandler(ASGIHandler):
         # hops to a thread and back, the whole chain in sync mode hops once.
         self.load_middleware()
 
-    def resolve_request(self, request: HttpRequest) -> ResolverMatch:
+    def resolve_request(self, request: http.HttpRequest) -> urls.ResolverMatch:
         """Resolve as Django does, but to no view that is none for WebSockets."""
         match = super().resolve_request(request)
         if not hasattr(match.func, "websocket_view"):
-            raise Http404(f"{request.path} is no WebSocket route")
+            raise http.Http404(f"{request.path} is no WebSocket route")
         return match
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -1568,38 +1512,39 @@ class WebSocketHandler(ASGIHandler):
         SyncToAsync.context_to_thread_executor[context] = lease
         token = SyncToAsync.thread_sensitive_context.set(context)
         try:
-            await self.serve(WebSocket(scope, receive, send, lease), connect)
+            await self.serve(WebSocket(scope, connect, receive, send, lease))
         finally:
             SyncToAsync.thread_sensitive_context.reset(token)
             lease.end()
 
-    async def serve(self, socket: WebSocket, connect: Event) -> None:
+    async def serve(self, socket: WebSocket) -> None:
         """Run the handshake and the view of one connection."""
-        response = await sync_to_async(self.start)(socket)
+        response = await _run_in_thread(socket._lease, self.start, socket)
         if not isinstance(response, _SwitchingProtocols):
             return await self.refuse(socket, response)
         socket._lease.release(clean=True)
-        headers = [
-            (name.lower(), value)
-            for name, value in (await self.encode(response))[0]["headers"]
-            if name.lower() != b"content-type"
-            and not _SERVERS_OWN.fullmatch(name.decode("latin-1"))
+        refuse: Any = partial(self.refuse_by_view, socket, response)
+        socket._refuse = refuse
+        cookies = [("Set-Cookie", c.OutputString()) for c in response.cookies.values()]
+        socket._headers = [
+            (name.lower().encode("ascii"), value.encode("latin-1"))
+            for name, value in [*response.items(), *cookies]
+            if name != "Content-Type" and not _SERVERS_OWN.fullmatch(name)
         ]
-        refuse = partial(self.refuse_by_view, socket, response)
-        socket._handshake(connect, refuse, headers)
         result = response.result
-        del response, refuse, headers  # an idle socket has no use for them
+        del response, refuse  # an idle socket has no use for them
         result = await self.run_view(socket, result)
-        if socket._refuse is None:
-            if socket._outbox is not None:  # what was broadcast before the end
-                await asyncio.wait([socket._outbox.task], timeout=self.FLUSH)
-            await socket.close()
+        if socket._outbox is not None:  # what was broadcast before the end
+            await asyncio.wait([socket._outbox.task], timeout=self.FLUSH)
             if socket._outbox is not None:
                 socket._outbox.task.cancel()
+                socket._outbox = None
+        if socket._refuse is None:
+            await socket.close()
         elif socket._state == "closed":
             # The client left during the handshake; uvicorn logs an error where it gets
             # no answer even so.
-            socket._answered()
+            socket._refuse = None
             with suppress(OSError, RuntimeError):
                 await socket._send({"type": SendEvent.CLOSE})
         else:
@@ -1636,54 +1581,53 @@ class WebSocketHandler(ASGIHandler):
         finally:
             del error, result  # the traceback has this frame
 
-    async def refuse_by_view(
-        self, socket: WebSocket, handshake: HttpResponse, result: Any
-    ) -> None:
-        """Refuse for what a view returned or raised before accept()."""
-        get_refusal = sync_to_async(self.get_refusal)
-        response = await get_refusal(socket, result, handshake)
-        await self.refuse(socket, response)
-
     def start(self, socket: WebSocket) -> Any:
         """Do all of a handshake that is synchronous; it runs in a worker thread."""
         # What a handshake is to Django: a GET, over http or https.
         scheme = "https" if socket.scope.get("scheme") == "wss" else "http"
         scope = {**socket.scope, "method": "GET", "scheme": scheme}
-        set_script_prefix(get_script_prefix(scope))
-        with _request_signals(socket._lease):
-            signals.request_started.send(sender=self.__class__, scope=scope)
-            request, response = self.create_request(scope, io.BytesIO())
-            if request is not None:  # else the query string is no UTF-8
-                socket.request = request
-                response = self.get_response(request)
-            setattr(response, "_handler_class", self.__class__)
-            if not isinstance(response, _SwitchingProtocols):
-                return response
-            # Middleware may have handed on a request of its own.
-            socket.request, view, args, kwargs = response.call
-            try:
-                # For an `async def` this only makes the coroutine. The synchronous
-                # part of others (dispatch() of a class-based view with
-                # LoginRequiredMixin, say) may query the database, since it runs here.
-                response.result = view(socket, *args, **kwargs)
-            except Exception as error:
-                response.result = error
-            # The request is finished where the socket begins (signal request_finished).
-            response.close()
+        urls.set_script_prefix(asgi.get_script_prefix(scope))
+        signals.request_started.send(sender=self.__class__, scope=scope)
+        request, response = self.create_request(scope, io.BytesIO())
+        if request is not None:  # else the query string is no UTF-8
+            socket.request = request
+            response = self.get_response(request)
+        setattr(response, "_handler_class", self.__class__)
+        if not isinstance(response, _SwitchingProtocols):
+            return response
+        # Middleware may have handed on a request of its own.
+        socket.request, view, args, kwargs = response.call
+        try:
+            # For an `async def` this only makes the coroutine. The synchronous part of
+            # others (dispatch() of a class-based view with LoginRequiredMixin, say) may
+            # query the database, since it runs here.
+            response.result = view(socket, *args, **kwargs)
+        except Exception as error:
+            response.result = error
+        # The request is finished where the socket begins (signal request_finished).
+        response.close()
         if socket._lease.worker is not None and socket._lease.worker.holders == 1:
             _give_back()
-        set_urlconf(getattr(socket.request, "urlconf", None))
+        urls.set_urlconf(getattr(socket.request, "urlconf", None))
         return response
 
+    async def refuse_by_view(
+        self, socket: WebSocket, handshake: http.HttpResponse, result: Any
+    ) -> None:
+        """Refuse for what a view returned or raised before accept()."""
+        call = self.get_refusal, socket.request, result, handshake
+        await self.refuse(socket, await _run_in_thread(socket._lease, *call))
+
     def get_refusal(
-        self, socket: WebSocket, result: Any, handshake: HttpResponse
+        self, request: asgi.ASGIRequest, result: Any, handshake: http.HttpResponse
     ) -> Any:
         """Return the response to what a view returned or raised before accept()."""
 
-        def get_response(request: HttpRequest) -> Any:
+        def get_response(request: http.HttpRequest) -> Any:
             if result is None:
-                urls, error = get_resolver(get_urlconf()), PermissionDenied()
-                return get_exception_response(request, urls, 403, error)
+                resolver = urls.get_resolver(urls.get_urlconf())
+                denied = PermissionDenied()
+                return exception.get_exception_response(request, resolver, 403, denied)
             if isinstance(result, Exception):
                 response = self.process_exception_by_middleware(result, request)
                 if response is None:
@@ -1697,10 +1641,8 @@ class WebSocketHandler(ASGIHandler):
             render = getattr(result, "render", None)
             return render() if callable(render) else result
 
-        request = socket.request
-        with _request_signals(socket._lease):
-            signals.request_started.send(sender=self.__class__, scope=request.scope)
-        response: Any = convert_exception_to_response(get_response)(request)
+        signals.request_started.send(sender=self.__class__, scope=request.scope)
+        response: Any = exception.convert_exception_to_response(get_response)(request)
         response._handler_class = self.__class__
         response._resource_closers.append(request.close)
         for name, value in handshake.items():
@@ -1711,13 +1653,8 @@ class WebSocketHandler(ASGIHandler):
         for name, cookie in handshake.cookies.items():
             response.cookies.setdefault(name, cookie)
         if response.status_code >= 400:
-            log_response(
-                "%s: %s",
-                response.reason_phrase,
-                request.path,
-                response=response,
-                request=request,
-            )
+            message = "%s: %s", response.reason_phrase, request.path
+            log_response(*message, response=response, request=request)
         if isinstance(result, Exception):
             result.__traceback__ = None  # it holds this frame, which holds it
         return response
@@ -1729,27 +1666,28 @@ class WebSocketHandler(ASGIHandler):
         rest = _without_disconnect(error)
         if rest is None or socket._state == "connecting":
             return rest
+        code, reason = int(CloseCode.INTERNAL_ERROR), ""
         if isinstance(rest, InvalidMessage):  # the client's fault: nothing to log
-            await socket.close(rest.code, _short(str(rest)))
-            return None
-        if settings.DEBUG_PROPAGATE_EXCEPTIONS:
-            raise rest
-        await sync_to_async(self.report)(socket.request, rest)
-        reason = f"{type(rest).__name__}: {rest}" if settings.DEBUG else ""
-        denied = isinstance(rest, PermissionDenied)
-        await socket.close(
-            CloseCode.POLICY_VIOLATION if denied else CloseCode.INTERNAL_ERROR,
-            _short(reason),
-        )
+            code, reason = rest.code, str(rest)
+        else:
+            if settings.DEBUG_PROPAGATE_EXCEPTIONS:
+                raise rest
+            await sync_to_async(self.report)(socket.request, rest)
+            if settings.DEBUG:
+                reason = f"{type(rest).__name__}: {rest}"
+            if isinstance(rest, PermissionDenied):
+                code = CloseCode.POLICY_VIOLATION
+        # A frame takes 123 bytes (RFC 6455, section 5.5).
+        reason = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
+        await socket.close(code, reason)
         return None
 
-    def report(self, request: ASGIRequest, error: Exception) -> None:
+    def report(self, request: asgi.ASGIRequest, error: Exception) -> None:
         """Log and signal an exception after accept() as Django does those of views."""
-        response: HttpResponse = HttpResponseForbidden()
-        message = "Forbidden (Permission denied): %s"
-        if not isinstance(error, PermissionDenied):
-            response = HttpResponseServerError()
-            message = "Internal Server Error: %s"
+        if isinstance(error, PermissionDenied):
+            message, status = "Forbidden (Permission denied): %s", 403
+        else:
+            message, status = "Internal Server Error: %s", 500
             traceback = error.__traceback__
             try:
                 raise error  # receivers look at sys.exc_info()
@@ -1757,19 +1695,10 @@ class WebSocketHandler(ASGIHandler):
                 signals.got_request_exception.send(sender=None, request=request)
             finally:  # of this frame, which would make a cycle
                 error.__traceback__ = traceback
+        response = http.HttpResponse(status=status)
         log_response(
             message, request.path, response=response, request=request, exception=error
         )
-
-    async def encode(self, response: HttpResponse) -> list[dict[str, Any]]:
-        """Return the ASGI events that Django sends for a response, the start first."""
-        events: list[dict[str, Any]] = []
-
-        async def send(event: Event) -> None:
-            events.append(dict(event))
-
-        await self.send_response(response, send)
-        return events
 
     async def refuse(self, socket: WebSocket, response: Any) -> None:
         """Answer a handshake by an HTTP response that is not 101.
@@ -1777,28 +1706,29 @@ class WebSocketHandler(ASGIHandler):
         By ASGI's extension "WebSocket Denial Response"; a server without it makes
         a 403 of `websocket.close`.
         """
+        events: list[dict[str, Any]] = []
+
+        async def send(event: Event) -> None:
+            events.append(dict(event))
+
         try:
-            events: list[Event] = [{"type": SendEvent.CLOSE}]
-            if "websocket.http.response" in (socket.scope.get("extensions") or ()):
-                # Complete before it starts, and in one piece: uvicorn's older
-                # implementation sends what it has when the event loop turns.
-                start, *parts = await self.encode(response)
+            # Complete before it starts, and in one piece: uvicorn's older
+            # implementation sends what it has when the event loop turns.
+            await self.send_response(response, send)
+            extension = "websocket.http.response"
+            if extension in (socket.scope.get("extensions") or ()):
+                start, *parts = events
                 body = b"".join(part.get("body", b"") for part in parts)
-                events = [
-                    {**start, "type": "websocket.http.response.start"},
-                    {"type": "websocket.http.response.body", "body": body},
-                ]
+                start["type"] = f"{extension}.start"
+                events = [start, {"type": f"{extension}.body", "body": body}]
+            else:
+                events = [{"type": SendEvent.CLOSE}]
             with suppress(OSError, RuntimeError):  # the client has gone
                 for event in events:
                     await socket._send(event)
-            socket._answered()
+            socket._refuse = None
         finally:
-
-            def close() -> None:
-                with _request_signals(socket._lease):
-                    response.close()
-
-            await sync_to_async(close)()
+            await _run_in_thread(socket._lease, response.close)
 
 
 def websockets(app: Application) -> Any:
@@ -1817,3 +1747,217 @@ def websockets(app: Application) -> Any:
             await app(scope, receive, send)
 
     return application
+
+
+# Testing
+
+
+class _Client(_End):
+    """The client's end of a WebSocket, for tests; `connect` makes it.
+
+    `subprotocol` (str or None) is the one that was agreed, and `headers` (a mapping
+    that ignores case) are those of the answer to the handshake. It receives and sends
+    as `WebSocket` does, but waits for `timeout` seconds at most, and then raises
+    `TimeoutError`; what the view raised is raised here, too.
+    """
+
+    _message = "websocket.receive"
+
+    def __init__(
+        self, application: Application, scope: Scope, timeout: float, errors: bool
+    ) -> None:
+        self.scope = scope
+        self.timeout = timeout
+        self.subprotocol: str | None = None
+        self.headers: abc.Mapping[str, str] = {}
+        self._state = "connecting"
+        self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
+        self._errors = errors
+        self._error: BaseException | None = None
+        self._received: asyncio.Queue[Event] = asyncio.Queue()
+        self._sent: asyncio.Queue[Event] = asyncio.Queue()
+        self._sent.put_nowait({"type": ReceiveEvent.CONNECT})
+        # In the test's own context: its transaction is seen.
+        self._task = asyncio.create_task(self._run(application))
+
+    def __repr__(self) -> str:
+        return f"<the client's end of {self.scope['path']!r}>"
+
+    async def _run(self, application: Application) -> None:
+        """Be the server."""
+        try:
+            await application(self.scope, self._sent.get, self._take)
+        except Exception as error:
+            self._error = error
+        finally:  # where the application has not closed, the connection breaks
+            self._received.put_nowait({"type": SendEvent.CLOSE, "code": 1006})
+
+    async def _take(self, event: Event) -> None:
+        if self._state == "closed":
+            raise OSError("the client has gone")  # as servers do (ASGI 2.4)
+        self._received.put_nowait(event)
+
+    def _store_error(self, request: Any = None, **kwargs: Any) -> None:
+        """Keep what a view raised, as the receiver of a signal of Django's."""
+        if getattr(request, "scope", {}).get("django_ws") is self and self._errors:
+            self._error = sys.exc_info()[1]
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _disconnect(self) -> WebSocketDisconnect:
+        return WebSocketDisconnect(*self._end)
+
+    async def _next(self, wanted: str) -> Event:
+        try:
+            async with asyncio.timeout(self.timeout):
+                event = await self._received.get()
+        except TimeoutError:
+            path, seconds = self.scope["path"], self.timeout
+            message = f"waited {seconds} s for {wanted} from the view of {path}"
+            raise TimeoutError(message) from None
+        if event["type"] == SendEvent.CLOSE:
+            code = event.get("code") or CloseCode.NORMAL_CLOSURE
+            self._closed(code, event.get("reason") or "")
+            self._raise_error()
+        return event
+
+    def _closed(self, code: int, reason: str) -> None:
+        self._state, self._end = "closed", (code, reason)
+        gone = {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
+        self._sent.put_nowait(gone)
+
+    async def receive(self) -> Event:
+        """Return the next event of the view (a mapping): a message, or the end."""
+        if self._state == "closed":
+            self._raise_error()
+            raise self._disconnect()
+        return await self._next("a message")
+
+    async def send(self, event: Event) -> None:
+        """Send one event (a mapping) to the view: a message."""
+        self._raise_error()
+        if self._state == "closed":
+            raise self._disconnect()
+        self._sent.put_nowait(event)
+
+    async def close(
+        self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
+    ) -> None:
+        """Close the connection, as `WebSocket.close` does."""
+        code, reason = _close_arguments(code, reason)
+        if self._state != "closed":
+            self._closed(code, reason)
+
+    async def _handshake(self, cookies: Any) -> None:
+        """Wait for the answer; add its cookies to the test client's."""
+        event = await self._next("the answer to the handshake")
+        response = http.HttpResponse(status=event.get("status", 403))
+        if event["type"] == "websocket.http.response.start":
+            more = True
+            while more:
+                part = await self._next("the rest of the answer to the handshake")
+                response.write(part.get("body", b""))
+                more = part.get("more_body", False)
+        del response.headers["Content-Type"]
+        for name, value in event.get("headers") or ():
+            if name.lower() == b"set-cookie":
+                response.cookies.load(value.decode("latin-1"))
+            else:
+                response.headers[name.decode("ascii")] = value.decode("latin-1")
+        cookies.update(response.cookies)
+        if event["type"] != SendEvent.ACCEPT:
+            self._raise_error()
+            raise WebSocketDenied(response)
+        self._state = "open"
+        self.subprotocol = event.get("subprotocol")
+        self.headers = response.headers
+
+    async def _shut(self) -> bool:
+        """Close, and tell whether the application has ended."""
+        await self.close()
+        # A view that waits for something else is cancelled after a while.
+        seconds = self.timeout + WebSocket.WATCH
+        await asyncio.wait([self._task], timeout=seconds)
+        ended = self._task.done()
+        self._task.cancel()
+        await asyncio.wait([self._task], timeout=self.timeout)
+        return ended
+
+
+@asynccontextmanager
+async def connect(
+    application: Application,
+    path: str,
+    *,
+    client: Any = None,
+    headers: abc.Mapping[str, str] | None = None,
+    subprotocols: abc.Iterable[str] = (),
+    timeout: float = 1,
+) -> abc.AsyncIterator[_Client]:
+    """Open a WebSocket to an ASGI application in a test, without a server.
+
+        async with connect(application, "/ws/", client=self.async_client) as socket:
+            await socket.send_text("hi")
+            assert await socket.receive_text() == "hi"
+
+    `path` (str) may carry a query string. `client`, one of Django's test clients,
+    lends its cookies (so `force_login()` works), its default headers and
+    `raise_request_exception`. `headers` (a mapping of str) adds to them or overrides;
+    Host is `testserver` and Origin the same site. `subprotocols` are offered.
+
+    `socket` has the `send_…`, `receive_…`, `iter_…` and `close` of `WebSocket`, and
+    `subprotocol` and `headers` of the answer. It waits `timeout` seconds at most for
+    each message, and so long for the view when the block has ended and the socket was
+    closed with 1000.
+
+    Raises `WebSocketDenied` for a refusal, `TimeoutError`, and what the view raised,
+    unless the client's `raise_request_exception` is off.
+    """
+    lines = {"host": "testserver", "origin": "http://testserver"}
+    cookies = getattr(client, "cookies", {})
+    morsels = cookies.values()
+    lines["cookie"] = "; ".join(f"{one.key}={one.coded_value}" for one in morsels)
+    for name, value in getattr(client, "defaults", {}).items():
+        if name.startswith("HTTP_") or is_async(client.request):
+            name = name.removeprefix("HTTP_").replace("_", "-")
+            lines[name.lower()] = value
+    lines |= {name.lower(): value for name, value in (headers or {}).items()}
+    url = urlsplit(str(path))
+    scope: Scope = {
+        "type": "websocket",
+        "asgi": {"version": "3.0", "spec_version": "2.5"},
+        "http_version": "1.1",
+        "scheme": "ws",
+        "path": unquote(url.path),
+        "raw_path": url.path.encode(),
+        "query_string": url.query.encode(),
+        "root_path": "",
+        "headers": [
+            (name.encode("ascii"), value.encode("latin-1"))
+            for name, value in lines.items()
+            if value
+        ],
+        "client": ("127.0.0.1", 0),
+        "server": ("testserver", 80),
+        "subprotocols": list(subprotocols),
+        "extensions": {"websocket.http.response": {}},
+    }
+    errors = getattr(client, "raise_request_exception", True)
+    socket = _Client(application, scope, timeout, errors)
+    scope["django_ws"] = socket
+    signals.got_request_exception.connect(socket._store_error, weak=False)
+    try:
+        await socket._handshake(cookies)
+        yield socket
+    finally:
+        ended = await socket._shut()
+        signals.got_request_exception.disconnect(socket._store_error)
+    socket._raise_error()
+    if not ended:
+        view: Any = application
+        with suppress(http.Http404, AttributeError):  # it may be no Django project
+            view = urls.resolve(scope["path"]).view_name
+        raise TimeoutError(f"the view {view!r} has not ended though its client left")

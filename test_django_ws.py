@@ -62,6 +62,7 @@ from django.http import (
 from django.test import (
     AsyncClient,
     Client,
+    SimpleTestCase,
     TestCase,
     TransactionTestCase,
     override_settings,
@@ -110,9 +111,11 @@ from django_ws import (  # noqa: E402
     ReceiveEvent,
     SendEvent,
     WebSocket,
+    WebSocketDenied,
     WebSocketDisconnect,
     broadcast,
     close_group,
+    connect,
     re_websocket,
     websocket,
     websockets,
@@ -483,14 +486,12 @@ class TestAccept:
 
         assert Drive().run(view)[0]["headers"] == [(b"x-one", b"a b")]
 
-    @pytest.mark.parametrize("second", ["accept", "close", "send_text"])
-    def test_two_tasks_cannot_answer_one_handshake(self, second: str) -> None:
+    def test_two_tasks_cannot_answer_one_handshake(self) -> None:
         async def view(socket: WebSocket) -> None:
             first = asyncio.create_task(socket.accept())
             await asyncio.sleep(0)
-            arguments = ["x"] if second == "send_text" else []
-            with pytest.raises(RuntimeError, match="another task is in accept"):
-                await getattr(socket, second)(*arguments)
+            with pytest.raises(RuntimeError, match="accept.. was called before"):
+                await socket.accept()
             await first
 
         class Slow(Drive):
@@ -3403,31 +3404,6 @@ class TestThreads:
         assert len(django_ws._Lease.free) == len(django_ws._Lease.workers)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
-    def test_a_forked_process_has_threads_of_its_own(self) -> None:
-        program = (
-            "import os, sys, warnings; warnings.simplefilter('ignore')\n"
-            "from test_django_ws import Drive, accepting\n"
-            "Drive().run(accepting)\n"
-            "if os.fork() == 0:\n"
-            "    Drive().run(accepting)\n"
-            "    os._exit(0)\n"
-            "sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
-        )
-        run = subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=30)
-        assert run.returncode == 0
-
-    def test_what_the_fork_forgets(self) -> None:
-        Drive().run(accepting)
-        workers, free = [*django_ws._Lease.workers], [*django_ws._Lease.free]
-        assert workers and free
-        try:
-            django_ws._Lease.forked()
-            assert not django_ws._Lease.workers and not django_ws._Lease.free
-            assert not django_ws._Groups.loops
-        finally:
-            django_ws._Lease.workers.extend(workers)
-            django_ws._Lease.free.extend(free)
-
     def test_the_thread_is_not_taken_from_under_a_child_task(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -4050,6 +4026,9 @@ class TestCloseGroup:
             except WebSocketDisconnect as error:
                 ends.append((error.code, error.reason))
                 raise
+            except ExceptionGroup as group_:
+                ends.append(str(group_.exceptions[0]))
+                raise
             except asyncio.CancelledError:
                 ends.append("cancelled")
                 raise
@@ -4067,7 +4046,9 @@ class TestCloseGroup:
             close = {"type": "websocket.close", "code": 4001, "reason": "logged out"}
             assert live.sent[-1] == close
             assert live.task.exception() is None
-        assert ends == [(4001, "logged out") if what == "reads" else "cancelled"] * 3
+        child = "the WebSocket has ended: 4001 logged out"
+        end = {"reads": (4001, "logged out"), "sleeps": "cancelled"}.get(what, child)
+        assert ends == [end] * 3
 
     def test_a_view_may_close_its_own_group(self) -> None:
         async def view(socket: WebSocket) -> None:
@@ -4987,6 +4968,422 @@ class TestRedisHere:
             await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
 
         serve_all(1, member, client, **redis_settings(redis))
+
+
+# Testing
+
+
+def connected(
+    view: Any, path_: str = "/ws/", route: str = "ws/", **options: Any
+) -> Any:
+    """Connect to one view; upper-case options are settings."""
+    overrides = {name: options.pop(name) for name in list(options) if name.isupper()}
+    overrides.setdefault("ROOT_URLCONF", urlconf(websocket(route, view)))
+
+    @contextlib.asynccontextmanager
+    async def connecting() -> AsyncIterator[Any]:
+        with override_settings(**overrides):
+            async with connect(websockets(no_http), path_, **options) as socket:
+                yield socket
+
+    return connecting()
+
+
+def run_test(test: Any) -> None:
+    """Run an async test, and see that it leaves no task and no receiver behind."""
+    receivers = len(signals.got_request_exception.receivers)
+
+    async def main() -> None:
+        await test()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert len(signals.got_request_exception.receivers) == receivers
+
+
+async def failing(socket: WebSocket) -> None:
+    await socket.accept()
+    raise ValueError(await socket.receive_text())
+
+
+class TestConnect:
+    def test_messages_go_both_ways(self) -> None:
+        async def test() -> None:
+            async with connected(echo) as socket:
+                assert socket.connected
+                await socket.send_text("é")
+                assert await socket.receive_text() == "é"
+                await socket.send_bytes(bytearray(b"\xff"))
+                assert await socket.receive_bytes() == b"\xff"
+                await socket.send_json({"at": datetime.date(2026, 1, 2)})
+                assert await socket.receive_json() == {"at": "2026-01-02"}
+                await socket.send_json([1], binary=True)
+                assert await socket.receive() == {
+                    "type": SendEvent.SEND,
+                    "bytes": b"[1]",
+                }
+                await socket.send_text("x")
+                with pytest.raises(InvalidMessage):
+                    await socket.receive_bytes()
+                with pytest.raises(TypeError):
+                    await socket.send_text(b"x")
+            assert not socket.connected
+
+        run_test(test)
+
+    def test_iteration_ends_when_the_view_closes(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_text("1")
+            await socket.send_bytes(b"2")
+            await socket.close(4001, "enough")
+
+        async def test() -> None:
+            async with connected(view) as socket:
+                assert [message async for message in socket] == ["1", b"2"]
+                for late in (socket.receive_text(), socket.send_text("x")):
+                    with pytest.raises(WebSocketDisconnect) as caught:
+                        await late
+                    assert (caught.value.code, caught.value.reason) == (4001, "enough")
+                await socket.close()
+            for kind, expected in (("text", "3"), ("json", 3)):
+                async with connected(three) as socket:
+                    got = [one async for one in getattr(socket, f"iter_{kind}")()]
+                    assert got == [expected] * 2
+
+        async def three(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_text("3")
+            await socket.send_text("3")
+
+        run_test(test)
+
+    def test_the_view_hears_how_its_client_closed(self) -> None:
+        ends: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                await socket.receive_text()
+            except WebSocketDisconnect as end:
+                ends.append((end.code, end.reason))
+                with pytest.raises(WebSocketDisconnect):
+                    await socket.send_text("late")
+
+        async def test() -> None:
+            async with connected(view) as socket:
+                with pytest.raises(ValueError, match="no close code"):
+                    await socket.close(1005)
+                await socket.close(4002, "bye")
+            assert ends.pop() == (4002, "bye")
+            async with connected(view):
+                pass
+            assert ends.pop() == (1000, "")
+
+        run_test(test)
+
+    def test_what_the_view_sees_of_the_handshake(self) -> None:
+        seen: dict[str, Any] = {}
+
+        async def view(socket: Any, name: str) -> None:
+            seen.update(
+                name=name,
+                query=socket.GET["q"],
+                host=socket.get_host(),
+                origin=socket.headers.get("Origin"),
+                token=socket.headers.get("X-Token"),
+                agent=socket.headers.get("User-Agent"),
+                offered=socket.subprotocols,
+            )
+            await socket.accept("chat", headers={"X-Answer": "42"})
+
+        async def test() -> None:
+            route, path_ = "<name>/", "/a%20b/?q=%C3%A9"
+            async with connected(
+                view,
+                path_,
+                route,
+                headers={"x-token": "secret"},
+                subprotocols=("other", "chat"),
+                client=Client(headers={"User-Agent": "test", "X-Token": "no"}),
+            ) as socket:
+                assert socket.subprotocol == "chat"
+                assert socket.headers["x-answer"] == "42"
+            assert seen == {
+                "name": "a b",
+                "query": "é",
+                "host": "testserver",
+                "origin": "http://testserver",
+                "token": "secret",
+                "agent": "test",
+                "offered": ["other", "chat"],
+            }
+            client = AsyncClient(headers={"User-Agent": "async"})
+            async with connected(
+                view,
+                path_,
+                route,
+                client=client,
+                headers={"Origin": None},
+                subprotocols=["chat"],
+            ):
+                assert (seen["agent"], seen["origin"]) == ("async", None)
+
+        run_test(test)
+
+    def test_a_refusal(self) -> None:
+        async def view(socket: Any) -> HttpResponse:
+            response = HttpResponse("no tea", status=418, headers={"X-Pot": "yes"})
+            response.set_cookie("seen", "1")
+            return response
+
+        async def only_closes(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "websocket.close"})
+
+        async def in_parts(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "websocket.http.response.start", "status": 401})
+            for part in (b"not ", b"you"):
+                event = {"type": "websocket.http.response.body", "body": part}
+                await send({**event, "more_body": part == b"not "})
+
+        async def test() -> None:
+            client = AsyncClient()
+            with pytest.raises(WebSocketDenied, match="418") as caught:
+                async with connected(view, client=client):
+                    raise AssertionError("it was refused")
+            response = caught.value.response
+            assert isinstance(response, HttpResponse)
+            assert (response.status_code, response.content) == (418, b"no tea")
+            assert response["X-Pot"] == "yes"
+            assert response.cookies["seen"].value == "1"
+            assert client.cookies["seen"].value == "1"
+            for application, status, content in (
+                (only_closes, 403, b""),
+                (in_parts, 401, b"not you"),
+            ):
+                with pytest.raises(WebSocketDenied) as caught:
+                    async with connect(application, "/"):
+                        raise AssertionError("it was refused")
+                response = caught.value.response
+                assert (response.status_code, response.content) == (status, content)
+            with pytest.raises(WebSocketDenied, match="403"):
+                origin = {"origin": "https://elsewhere.example"}
+                async with connected(echo, headers=origin):
+                    raise AssertionError("it was refused")
+            with pytest.raises(WebSocketDenied, match="404"):
+                async with connected(echo, "/elsewhere/"):
+                    raise AssertionError("it was refused")
+
+        run_test(test)
+
+    def test_what_the_view_raises_is_raised(self) -> None:
+        async def at_once(socket: WebSocket) -> None:
+            raise KeyError("before accept")
+
+        async def after_a_message(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_text("first")
+            raise KeyError("after")
+
+        async def test() -> None:
+            with pytest.raises(KeyError, match="before accept"):
+                async with connected(at_once):
+                    raise AssertionError("it was refused")
+            with pytest.raises(ValueError, match="boom"):
+                async with connected(failing) as socket:
+                    await socket.send_text("boom")
+                    await socket.receive_text()
+                    raise AssertionError("not reached")
+            with pytest.raises(ValueError, match="at the end"):
+                async with connected(failing) as socket:
+                    await socket.send_text("at the end")
+            async with connected(after_a_message) as socket:
+                assert await socket.receive_text() == "first"
+                with pytest.raises(KeyError, match="after"):
+                    await socket.receive_text()
+                with pytest.raises(WebSocketDisconnect, match="1011"):
+                    await socket.receive_text()
+            async with connected(after_a_message) as socket:
+                async with asyncio.timeout(5):
+                    while socket._error is None:
+                        await asyncio.sleep(0.001)
+                with pytest.raises(KeyError, match="after"):
+                    await socket.send_text("x")
+
+        run_test(test)
+
+    def test_each_end_hears_of_its_own_view_only(self) -> None:
+        async def test() -> None:
+            async with connected(echo) as one:
+                with pytest.raises(ValueError, match="boom"):
+                    async with connected(failing) as other:
+                        await other.send_text("boom")
+                await one.send_text("fine")
+                assert await one.receive_text() == "fine"
+
+        run_test(test)
+
+    def test_raise_request_exception_turns_that_off(self) -> None:
+        async def test() -> None:
+            client = Client(raise_request_exception=False)
+            async with connected(failing, client=client) as socket:
+                await socket.send_text("boom")
+                with pytest.raises(WebSocketDisconnect, match="1011"):
+                    await socket.receive_text()
+            with pytest.raises(WebSocketDenied, match="500"):
+                async with connected(raising(ValueError()), client=client):
+                    raise AssertionError("it was refused")
+
+        run_test(test)
+
+    def test_any_asgi_application(self) -> None:
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            assert (await receive())["type"] == "websocket.connect"
+            await send({"type": "websocket.accept", "subprotocol": None})
+            assert (await receive())["text"] == "hi"
+            if scope["path"] == "/error/":
+                raise OSError("its own")
+
+        async def test() -> None:
+            async with connect(application, "/") as socket:
+                await socket.send_text("hi")
+                with pytest.raises(WebSocketDisconnect) as caught:
+                    await socket.receive_text()
+                assert caught.value.code == 1006
+            with pytest.raises(OSError, match="its own"):
+                async with connect(application, "/error/") as socket:
+                    await socket.send_text("hi")
+
+        run_test(test)
+
+    def test_it_waits_for_a_message_only_so_long(self) -> None:
+        async def test() -> None:
+            async with connected(echo, timeout=0.05) as socket:
+                start = time.monotonic()
+                waited = "waited 0.05 s for a message from the view of /ws/"
+                for method in (socket.receive_text, socket.receive_json):
+                    with pytest.raises(TimeoutError, match=waited):
+                        await method()
+                assert time.monotonic() - start < 1
+                await socket.send_text("nothing is lost")
+                assert await socket.receive_text() == "nothing is lost"
+
+        run_test(test)
+
+    def test_it_waits_for_the_handshake_only_so_long(self, quick: None) -> None:
+        async def view(socket: WebSocket) -> None:
+            await asyncio.sleep(3600)
+
+        async def test() -> None:
+            waited = "waited 0.05 s for the answer to the handshake"
+            with pytest.raises(TimeoutError, match=waited):
+                async with connected(view, timeout=0.05):
+                    raise AssertionError("it was not answered")
+
+        run_test(test)
+
+    def test_the_end_waits_for_the_view(self, quick: None) -> None:
+        steps: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                await asyncio.sleep(0.05)
+                steps.append("cleaned up")
+
+        async def test() -> None:
+            async with connected(view):
+                pass
+            assert steps == ["cleaned up"]
+
+        run_test(test)
+
+    def test_a_view_that_does_not_end_is_named(self, quick: None) -> None:
+        async def stubborn(socket: WebSocket) -> None:
+            await socket.accept()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+            await asyncio.sleep(3600)
+
+        async def raw(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "websocket.accept"})
+            await asyncio.sleep(3600)
+
+        async def test() -> None:
+            with pytest.raises(TimeoutError, match=r"stubborn' has not ended"):
+                async with connected(stubborn, timeout=0.05):
+                    pass
+            with pytest.raises(TimeoutError, match=r"function .*raw .* has not ended"):
+                async with connect(raw, "/", timeout=0.05):
+                    pass
+
+        run_test(test)
+
+    def test_the_blocks_own_error_is_the_one_to_see(self) -> None:
+        async def test() -> None:
+            with pytest.raises(LookupError, match="mine"):
+                async with connected(failing) as socket:
+                    await socket.send_text("the view's")
+                    raise LookupError("mine")
+
+        run_test(test)
+
+    def test_groups_work(self) -> None:
+        async def test() -> None:
+            async with connected(member) as one, connected(member) as two:
+                for socket in (one, two):
+                    assert await socket.receive_text() == "joined"
+                await broadcast("room", {"to": "all"})
+                for socket in (one, two):
+                    assert await socket.receive_json() == {"to": "all"}
+            assert not django_ws._Groups.loops
+
+        run_test(test)
+
+    def test_it_shows_what_it_is(self) -> None:
+        async def test() -> None:
+            async with connected(echo) as socket:
+                assert repr(socket) == "<the client's end of '/ws/'>"
+
+        run_test(test)
+
+
+class ConnectInATestCase:
+    @override_settings(
+        MIDDLEWARE=SESSIONS, ROOT_URLCONF=urlconf(websocket("ws/", names_of_users))
+    )
+    async def test_a_user_who_is_not_committed_comes_in(self) -> None:
+        from django.contrib.auth.models import User
+
+        user = await User.objects.acreate(username="not committed")
+        client = Client()
+        await sync_to_async(client.force_login)(user)
+        async_client = AsyncClient()
+        await async_client.aforce_login(user)
+        for one in (client, async_client):
+            async with connect(websockets(no_http), "/ws/", client=one) as socket:
+                await socket.send_text("")
+                assert (await socket.receive_json())[0] == "not committed"
+        await user.adelete()
+
+
+class TestConnectInTestCase(ConnectInATestCase, TestCase):
+    pass
+
+
+class TestConnectInTransactionTestCase(ConnectInATestCase, TransactionTestCase):
+    def _fixture_teardown(self) -> None:
+        pass  # flush nothing: the tables serve all tests
+
+
+@override_settings(ROOT_URLCONF=urlconf(websocket("ws/", echo)))
+class TestConnectInSimpleTestCase(SimpleTestCase):
+    async def test_a_socket(self) -> None:
+        async with connect(websockets(no_http), "/ws/") as socket:
+            await socket.send_text("hi")
+            assert await socket.receive_text() == "hi"
 
 
 # Over time, and from outside
