@@ -5001,7 +5001,7 @@ def run_test(test: Any) -> None:
     assert len(signals.got_request_exception.receivers) == receivers
 
 
-async def failing(socket: WebSocket) -> None:
+async def repeating_as_error(socket: WebSocket) -> None:
     await socket.accept()
     raise ValueError(await socket.receive_text())
 
@@ -5190,12 +5190,12 @@ class TestConnect:
                 async with connected(at_once):
                     raise AssertionError("it was refused")
             with pytest.raises(ValueError, match="boom"):
-                async with connected(failing) as socket:
+                async with connected(repeating_as_error) as socket:
                     await socket.send_text("boom")
                     await socket.receive_text()
                     raise AssertionError("not reached")
             with pytest.raises(ValueError, match="at the end"):
-                async with connected(failing) as socket:
+                async with connected(repeating_as_error) as socket:
                     await socket.send_text("at the end")
             async with connected(after_a_message) as socket:
                 assert await socket.receive_text() == "first"
@@ -5216,7 +5216,7 @@ class TestConnect:
         async def test() -> None:
             async with connected(echo) as one:
                 with pytest.raises(ValueError, match="boom"):
-                    async with connected(failing) as other:
+                    async with connected(repeating_as_error) as other:
                         await other.send_text("boom")
                 await one.send_text("fine")
                 assert await one.receive_text() == "fine"
@@ -5226,7 +5226,7 @@ class TestConnect:
     def test_raise_request_exception_turns_that_off(self) -> None:
         async def test() -> None:
             client = Client(raise_request_exception=False)
-            async with connected(failing, client=client) as socket:
+            async with connected(repeating_as_error, client=client) as socket:
                 await socket.send_text("boom")
                 with pytest.raises(WebSocketDisconnect, match="1011"):
                     await socket.receive_text()
@@ -5324,7 +5324,7 @@ class TestConnect:
     def test_the_blocks_own_error_is_the_one_to_see(self) -> None:
         async def test() -> None:
             with pytest.raises(LookupError, match="mine"):
-                async with connected(failing) as socket:
+                async with connected(repeating_as_error) as socket:
                     await socket.send_text("the view's")
                     raise LookupError("mine")
 
