@@ -37,7 +37,7 @@ import types
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import django
 import pytest
@@ -244,7 +244,7 @@ class Process(Site):
         self.command = [str(word).format(port=self.port) for word in command]
         self.directory = directory
 
-    def __enter__(self) -> "Process":
+    def __enter__(self) -> Self:
         environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -5384,6 +5384,296 @@ class TestConnectInSimpleTestCase(SimpleTestCase):
         async with connect(websockets(no_http), "/ws/") as socket:
             await socket.send_text("hi")
             assert await socket.receive_text() == "hi"
+
+
+# Proof of speed
+
+# The same small jobs by each peer, and what its process has used so far, over HTTP.
+PEERS = """
+import json, os, resource, time
+
+async def figures(scope, receive, send):
+    pages = 0
+    if os.path.exists("/proc/self/statm"):
+        pages = int(open("/proc/self/statm").read().split()[1])
+    body = json.dumps([time.process_time(), pages * resource.getpagesize()]).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+def beside_figures(application):
+    async def either(scope, receive, send):
+        chosen = figures if scope["type"] == "http" else application
+        await chosen(scope, receive, send)
+    return either
+
+def raw():
+    members = set()
+
+    async def application(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        if scope["path"] == "/room/":
+            members.add(send)
+        try:
+            while (event := await receive())["type"] == "websocket.receive":
+                text = event["text"]
+                if scope["path"] == "/json/":
+                    text = json.dumps(json.loads(text))
+                message = {"type": "websocket.send", "text": text}
+                if scope["path"] == "/room/":
+                    for member in tuple(members):
+                        await member(message)
+                else:
+                    await send(message)
+        finally:
+            members.discard(send)
+
+    return beside_figures(application)
+
+def django_with_its_default_middleware():
+    import django
+    from django.conf import settings
+
+    settings.configure(
+        SECRET_KEY="benchmark" * 6,
+        ALLOWED_HOSTS=["127.0.0.1"],
+        ROOT_URLCONF="peers",
+        SESSION_ENGINE="django.contrib.sessions.backends.signed_cookies",
+        INSTALLED_APPS=["django.contrib.auth", "django.contrib.contenttypes"],
+        DATABASES={
+            "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+        },
+        CHANNEL_LAYERS={
+            "default": {
+                "BACKEND": "channels.layers.InMemoryChannelLayer",
+                "CONFIG": {"capacity": 100_000},
+            }
+        },
+        MIDDLEWARE=[
+            "django.middleware.security.SecurityMiddleware",
+            "django.contrib.sessions.middleware.SessionMiddleware",
+            "django.middleware.common.CommonMiddleware",
+            "django.middleware.csrf.CsrfViewMiddleware",
+            "django.contrib.auth.middleware.AuthenticationMiddleware",
+            "django.contrib.messages.middleware.MessageMiddleware",
+            "django.middleware.clickjacking.XFrameOptionsMiddleware",
+        ],
+    )
+    django.setup()
+
+urlpatterns = []
+
+def django_ws():
+    django_with_its_default_middleware()
+    from django_ws import broadcast, websocket, websockets
+
+    async def echo(socket):
+        await socket.accept()
+        while True:
+            await socket.send_text(await socket.receive_text())
+
+    async def echo_json(socket):
+        await socket.accept()
+        while True:
+            await socket.send_json(await socket.receive_json())
+
+    async def room(socket):
+        await socket.accept()
+        await socket.join("room")
+        async for text in socket.iter_text():
+            await broadcast("room", text)
+
+    urlpatterns.append(websocket("echo/", echo))
+    urlpatterns.append(websocket("json/", echo_json))
+    urlpatterns.append(websocket("room/", room))
+    return websockets(figures)
+
+def starlette():
+    from starlette.applications import Starlette
+    from starlette.routing import WebSocketRoute
+    from starlette.websockets import WebSocketDisconnect
+
+    async def echo(socket):
+        await socket.accept()
+        try:
+            while True:
+                await socket.send_text(await socket.receive_text())
+        except WebSocketDisconnect:
+            pass
+
+    async def echo_json(socket):
+        await socket.accept()
+        try:
+            while True:
+                await socket.send_json(await socket.receive_json())
+        except WebSocketDisconnect:
+            pass
+
+    routes = [WebSocketRoute("/echo/", echo), WebSocketRoute("/json/", echo_json)]
+    return beside_figures(Starlette(routes=routes))
+
+def channels():
+    django_with_its_default_middleware()
+    from channels.auth import AuthMiddlewareStack
+    from channels.generic.websocket import AsyncJsonWebsocketConsumer
+    from channels.generic.websocket import AsyncWebsocketConsumer
+    from channels.routing import URLRouter
+    from channels.security.websocket import AllowedHostsOriginValidator
+    from django.urls import path
+
+    class Echo(AsyncWebsocketConsumer):
+        async def receive(self, text_data=None, bytes_data=None):
+            await self.send(text_data=text_data)
+
+    class EchoJson(AsyncJsonWebsocketConsumer):
+        async def receive_json(self, content):
+            await self.send_json(content)
+
+    class Room(AsyncWebsocketConsumer):
+        groups = ["room"]
+
+        async def receive(self, text_data=None, bytes_data=None):
+            event = {"type": "chat.message", "text": text_data}
+            await self.channel_layer.group_send("room", event)
+
+        async def chat_message(self, event):
+            await self.send(text_data=event["text"])
+
+    routes = URLRouter([
+        path("echo/", Echo.as_asgi()),
+        path("json/", EchoJson.as_asgi()),
+        path("room/", Room.as_asgi()),
+    ])
+    return beside_figures(AllowedHostsOriginValidator(AuthMiddlewareStack(routes)))
+"""
+
+
+class Peer(Process):
+    def open(self, path_: str) -> Any:
+        from websockets.asyncio.client import connect as dial_async
+
+        origin: Any = f"http://127.0.0.1:{self.port}"
+        address = f"ws://127.0.0.1:{self.port}{path_}"
+        return dial_async(address, origin=origin, proxy=None, compression=None)
+
+    def used(self) -> tuple[float, int]:
+        """Return the process's own CPU time in seconds and its memory in bytes."""
+        cpu, memory = json.loads(self.get("/figures").body)
+        return cpu, memory
+
+    async def echoes(self, path_: str, message: str, count: int = 1000) -> float:
+        """Return microseconds of CPU for each message that is echoed."""
+
+        async def play() -> None:
+            async with self.open(path_) as client:
+                for _ in range(count):
+                    await client.send(message)
+                    await client.recv()
+
+        before = self.used()[0]
+        await asyncio.gather(*[play() for _ in range(10)])
+        return (self.used()[0] - before) / (10 * count) * 1e6
+
+    async def echoes_text(self) -> float:
+        return await self.echoes("/echo/", "x" * 32)
+
+    async def echoes_json(self) -> float:
+        return await self.echoes("/json/", '{"text": "hello", "to": [1, 2, 3]}')
+
+    async def shakes_hands(self, count: int = 200) -> float:
+        """Return microseconds of CPU for each connection, opened and closed."""
+        before = self.used()[0]
+        for _ in range(count):
+            async with self.open("/echo/"):
+                pass
+        return (self.used()[0] - before) / count * 1e6
+
+    async def delivers(self, members: int = 100, count: int = 50) -> float:
+        """Return microseconds of CPU for each message to each member of a group."""
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(self.open("/room/"))
+                for _ in range(members)
+            ]
+            joined = False
+            while not joined:  # a socket is accepted a little before it is a member
+                await clients[0].send("anybody?")
+                heard = [asyncio.wait_for(one.recv(), 0.5) for one in clients]
+                answers = await asyncio.gather(*heard, return_exceptions=True)
+                joined = answers == ["anybody?"] * members
+            before = self.used()[0]
+            for _ in range(count):
+                await clients[0].send("x" * 32)
+                await asyncio.gather(*[one.recv() for one in clients])
+            return (self.used()[0] - before) / (members * count) * 1e6
+
+    async def idles(self, count: int = 500) -> float:
+        """Return KiB of memory for each idle connection; 0 where it cannot be known."""
+        async with contextlib.AsyncExitStack() as stack:
+            before = self.used()[1]
+            for _ in range(count):
+                await stack.enter_async_context(self.open("/echo/"))
+            return (self.used()[1] - before) / count / 1024
+
+
+@pytest.mark.benchmark
+def test_the_figures(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Print a table of ratios to raw ASGI on the same uvicorn; README has a copy."""
+    from importlib.metadata import version
+
+    peers = ["raw", "django_ws"]
+    peers += [one for one in ("starlette", "channels") if importlib.util.find_spec(one)]
+    rows: dict[str, tuple[Any, str, str]] = {
+        "echo of a text": (Peer.echoes_text, "µs", "raw django_ws starlette channels"),
+        "echo of JSON": (Peer.echoes_json, "µs", "raw django_ws starlette channels"),
+        "handshake, Django's default middleware": (
+            *(Peer.shakes_hands, "µs", "raw django_ws channels"),
+        ),
+        "a delivery in a group of 100": (Peer.delivers, "µs", "raw django_ws channels"),
+        "memory of an idle connection, same middleware": (
+            *(Peer.idles, "KiB", "raw django_ws channels"),
+        ),
+    }
+    (tmp_path / "peers.py").write_text(PEERS)
+    command = (*UVICORN, "--log-level", "warning", "--factory")
+    found: dict[tuple[str, str], list[float]] = {}
+    for title, (job, _, able) in rows.items():
+        fresh = job is Peer.idles  # what was freed before would be used again
+        with contextlib.ExitStack() as stack:
+            servers = {
+                peer: stack.enter_context(Peer(tmp_path, *command, f"peers:{peer}"))
+                for peer in peers
+                if peer in able.split()
+            }
+            for _ in range(1 if fresh else 3):  # they take turns
+                for peer, server in servers.items():
+                    if not fresh:
+                        asyncio.run(server.echoes("/echo/", "warm up", 20))
+                    figure = asyncio.run(job(server))
+                    found.setdefault((title, peer), []).append(figure)
+    lines = [["", *peers], ["---"] * (1 + len(peers))]
+    for title, (_, unit, _) in rows.items():
+        cells = [title]
+        raw_figure = sorted(found[title, "raw"])[len(found[title, "raw"]) // 2]
+        for peer in peers:
+            values = sorted(found.get((title, peer), ()))
+            figure = values[len(values) // 2] if values else 0
+            cell = f"{figure / raw_figure:.2f}" if figure and raw_figure else "–"
+            cells.append(f"{cell} ({figure:.1f} {unit})" if peer == "raw" else cell)
+        lines.append(cells)
+    used = [f"Python {sys.version.split()[0]}"]
+    for package in ("django", "uvicorn", "starlette", "channels"):
+        if importlib.util.find_spec(package):
+            used.append(f"{package} {version(package)}")
+    with capsys.disabled():
+        print()
+        for cells in lines:
+            print("|", " | ".join(cells), "|")
+        print()
+        print("`python -m pytest -m benchmark`:", ", ".join(used))
+    assert all(figure >= 0 for figures in found.values() for figure in figures)
 
 
 # Over time, and from outside
