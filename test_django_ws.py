@@ -75,9 +75,10 @@ from django.utils.decorators import (
 )
 from django.utils.translation import get_language, gettext_lazy
 from django.views import View
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as dial
+from websockets.typing import Origin
 
 HERE = pathlib.Path(__file__).resolve().parent
 TEMPORARY = tempfile.TemporaryDirectory()
@@ -6269,11 +6270,11 @@ class TestAnySequence:
 # The whole, as strangers meet it
 
 
-def start_project(directory: pathlib.Path) -> pathlib.Path:
-    command = [sys.executable, "-m", "django", "startproject", "project_name", "."]
+def start_project(directory: pathlib.Path, name: str = "project_name") -> pathlib.Path:
+    command = [sys.executable, "-m", "django", "startproject", name, "."]
     subprocess.run(command, cwd=directory, check=True)
     (directory / "django_ws.py").write_text((HERE / "django_ws.py").read_text())
-    return directory / "project_name"
+    return directory / name
 
 
 class TestTutorial:
@@ -6327,9 +6328,9 @@ def readme_project(directory: pathlib.Path) -> list[str]:
     project = start_project(directory)
     (project / "urls.py").unlink()
     for block in readme_blocks("python"):
-        name = re.match(r"# project_name/(\w+\.py)", block)
+        name = re.match(r"# ((project_name/|test_|conf)\w+\.py)", block)
         if name:
-            with (project / name[1]).open("a") as file:
+            with (directory / name[1]).open("a") as file:
                 file.write(block)
     manage = [sys.executable, "manage.py"]
     subprocess.run([*manage, "migrate", "-v0"], cwd=directory, check=True)
@@ -6354,7 +6355,156 @@ def readme_project(directory: pathlib.Path) -> list[str]:
 class TestReadme:
     def test_every_python_block_names_its_file(self) -> None:
         for block in readme_blocks("python"):
-            assert re.match(r"# (hello|chat|project_name/\w+)\.py", block)
+            name = r"hello|chat|conftest|test_with_\w+|mysite/\w+|project_name/\w+"
+            assert re.match(rf"# ({name})\.py", block)
+
+    def test_a_chat_in_ten_minutes(self, browser: Any, tmp_path: pathlib.Path) -> None:
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.common.keys import Keys
+
+        [commands, serve_it] = [b for b in readme_blocks("sh") if "mysite" in b]
+        assert "django-admin startproject mysite .\n" in commands
+        assert serve_it == "uvicorn mysite.asgi:application --reload\n"
+        blocks = [b for b in readme_blocks("python") if b.startswith("# mysite/")]
+        assert sum(len(block.strip().split("\n")) for block in blocks) <= 60
+        start_project(tmp_path, "mysite")
+        for name, mode, block in zip(("asgi", "urls", "views"), "aww", blocks):
+            assert block.startswith(f"# mysite/{name}.py")
+            with (tmp_path / "mysite" / f"{name}.py").open(mode) as file:
+                file.write(block)
+        with Process(tmp_path, *UVICORN, "mysite.asgi:application") as server:
+            address = f"http://127.0.0.1:{server.port}/"
+            tabs = []
+            for who in ("Ann", "Ben"):
+                browser.switch_to.new_window("tab")
+                browser.get(address)
+                tabs.append((browser.current_window_handle, who))
+                wait_for(
+                    lambda: browser.execute_script("return socket.readyState") == 1
+                )
+                browser.find_element(By.NAME, "who").send_keys(who)
+            for tab, who in tabs:
+                browser.switch_to.window(tab)
+                browser.find_element(By.NAME, "text").send_keys("<b>hi", Keys.ENTER)
+                for other, _ in tabs:
+                    browser.switch_to.window(other)
+                    wait_for(
+                        lambda: f"{who}: <b>hi"
+                        in browser.find_element(By.TAG_NAME, "ul").text
+                    )
+            with server.dial("/ws/lobby/") as client:
+                client.send("rubbish")
+                with pytest.raises(ConnectionClosed, match="1007"):
+                    client.recv(10)
+        assert "Traceback" not in server.log.read_text()
+
+    def test_its_recipes_for_tests(self, tmp_path: pathlib.Path) -> None:
+        readme_project(tmp_path)
+        for command in ("manage.py test", "-m pytest test_with_pytest.py"):
+            ran = subprocess.run(
+                [sys.executable, *command.split()],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+            )
+            assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert "1 passed" in ran.stdout
+
+    def test_its_recipe_for_pytest_asyncio(self, tmp_path: pathlib.Path) -> None:
+        if not importlib.util.find_spec("pytest_asyncio"):
+            missing("pytest-asyncio")
+        readme_project(tmp_path)
+        command = [sys.executable, "-m", "pytest", "test_with_pytest_asyncio.py"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert "1 passed" in ran.stdout, ran.stdout + ran.stderr
+
+    def test_its_celery_task(self, redis: Redis, tmp_path: pathlib.Path) -> None:
+        if not importlib.util.find_spec("celery"):
+            missing("celery")
+        session, _ = readme_project(tmp_path)
+        with (tmp_path / "project_name" / "settings.py").open("a") as file:
+            file.write(f"WEBSOCKETS['REDIS_URL'] = {redis.url!r}\n")
+        program = (
+            "import os, django\n"
+            "os.environ['DJANGO_SETTINGS_MODULE'] = 'project_name.settings'\n"
+            "django.setup()\n"
+            "from project_name.tasks import report\n"
+            "report.apply(args=[1], throw=True)\n"
+        )
+        headers = {"Cookie": f"sessionid={session}"}
+        with Process(tmp_path, *UVICORN, "project_name.asgi:application") as server:
+            with server.dial("/notifications/", additional_headers=headers) as client:
+                wait_for(
+                    lambda: "1" in redis.ask("pubsub", "numsub", "myproject:user-1")
+                )
+                command = [sys.executable, "-c", program]
+                subprocess.run(command, cwd=tmp_path, check=True)
+                told = json.loads(client.recv(10))
+                assert told == {"text": "the report for 1 is ready"}
+
+    def test_its_token_middleware(self, tmp_path: pathlib.Path) -> None:
+        readme_project(tmp_path)
+        sign = (
+            "from django.core import signing\n"
+            "print(signing.dumps(1, salt='api'), signing.dumps(1, salt='other'))\n"
+        )
+        manage = [sys.executable, "manage.py", "shell", "-v0", "-c", sign]
+        made = subprocess.run(manage, cwd=tmp_path, capture_output=True, text=True)
+        good, bad = made.stdout.split()
+        with Process(tmp_path, *UVICORN, "project_name.asgi:application") as server:
+            headers = {"Authorization": f"Bearer {good}"}
+            with server.dial("/whoami/", additional_headers=headers) as client:
+                assert json.loads(client.recv(10)) == {"user": "annFalse"}
+            refused = server.handshake("/whoami/", Authorization=f"Bearer {bad}")
+            assert (refused.status, refused.body) == (401, b"this token is not valid")
+            assert server.handshake("/whoami/").status == 302
+
+    def test_behind_its_nginx(self, tmp_path: pathlib.Path) -> None:
+        import ssl
+
+        for program in ("nginx", "openssl"):
+            if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin"):
+                missing(f"Debian's {program}")
+        session, _ = readme_project(tmp_path)
+        [configuration] = readme_blocks("nginx")
+        port, key, certificate = free_port(), tmp_path / "key", tmp_path / "certificate"
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+            + ["-subj", "/CN=localhost", "-keyout", str(key), "-out", str(certificate)],
+            check=True,
+            capture_output=True,
+        )
+        with Process(tmp_path, *UVICORN, "project_name.asgi:application") as server:
+            for here, there in (
+                ("listen 443", f"listen 127.0.0.1:{port}"),
+                ("/etc/ssl/example.com.pem", str(certificate)),
+                ("/etc/ssl/example.com.key", str(key)),
+                ("127.0.0.1:8000", f"127.0.0.1:{server.port}"),
+            ):
+                assert here in configuration
+                configuration = configuration.replace(here, there)
+            (tmp_path / "nginx.conf").write_text(
+                f"daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/error.log;"
+                f"events {{}} http {{ access_log off; {configuration} }}"
+            )
+            nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+            command = [nginx, "-p", tmp_path, "-c", tmp_path / "nginx.conf"]
+            with Process(tmp_path, *command, port=port):
+                context = ssl.create_default_context(cafile=str(certificate))
+                context.check_hostname = False
+                options: Any = {"ssl": context, "proxy": None}
+                address = f"wss://localhost:{port}"
+                headers = {"Cookie": f"sessionid={session}"}
+                with dial(
+                    f"{address}/whoami/",
+                    origin=Origin(f"https://localhost:{port}"),
+                    additional_headers=headers,
+                    **options,
+                ) as client:
+                    assert json.loads(client.recv(10)) == {"user": "annFalse"}
+                for origin in (f"http://localhost:{port}", "https://evil.example"):
+                    with pytest.raises(InvalidStatus, match="403"):
+                        dial(f"{address}/ws/", origin=Origin(origin), **options)
 
     def test_the_shortest_program(self, tmp_path: pathlib.Path) -> None:
         [program] = [b for b in readme_blocks("python") if b.startswith("# hello.py")]
@@ -6479,7 +6629,7 @@ class TestReadme:
             ]
 
     def test_it_has_the_two_commands(self) -> None:
-        commands = [block for block in readme_blocks("sh") if ".venv" in block]
+        commands = [block for block in readme_blocks("sh") if "--python" in block]
         assert [command.count("\n") for command in commands] == [1, 1]
         assert commands[0].rstrip().endswith(".venv/bin/python example.py")
         assert commands[1].rstrip().endswith(".venv/bin/python -m pytest")
