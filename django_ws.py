@@ -52,8 +52,7 @@ from urllib.parse import unquote, urlsplit
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext
 from asgiref.sync import iscoroutinefunction as is_async
 from asgiref.sync import sync_to_async
-from django import http, urls
-from django.conf import settings
+from django import conf, http, urls
 from django.core import signals
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.handlers import asgi, exception
@@ -95,19 +94,27 @@ View = abc.Callable[..., Any]
 
 
 class SendEvent(enum.StrEnum):
-    """What an application sends to the server (ASGI, "WebSocket")."""
+    """What an application sends to the server (ASGI, "WebSocket").
 
-    ACCEPT = "websocket.accept"  # completes the handshake, once, before any message
-    SEND = "websocket.send"  # one message to the client, text or bytes
-    CLOSE = "websocket.close"  # refuses before ACCEPT (HTTP 403), ends after it
+    ACCEPT completes the handshake, once, before any message. SEND is one message to the
+    client, text or bytes. CLOSE refuses before ACCEPT (HTTP 403) and ends after it.
+    """
+
+    ACCEPT = "websocket.accept"
+    SEND = "websocket.send"
+    CLOSE = "websocket.close"
 
 
 class ReceiveEvent(enum.StrEnum):
-    """What an application receives from the server (ASGI, "WebSocket")."""
+    """What an application receives from the server (ASGI, "WebSocket").
 
-    CONNECT = "websocket.connect"  # first: a client asks for a handshake
-    RECEIVE = "websocket.receive"  # one message from the client, text or bytes
-    DISCONNECT = "websocket.disconnect"  # last: the connection has ended
+    CONNECT is the first: a client asks for a handshake. RECEIVE is one message from the
+    client, text or bytes. DISCONNECT is the last: the connection has ended.
+    """
+
+    CONNECT = "websocket.connect"
+    RECEIVE = "websocket.receive"
+    DISCONNECT = "websocket.disconnect"
 
 
 class CloseCode(enum.IntEnum):
@@ -218,27 +225,15 @@ def _json(data: Any) -> str:
 
 
 class _End:
-    """One end of a WebSocket: messages, on top of `receive` and `send`.
+    """One end of a WebSocket: messages, on top of `receive` and `send`."""
 
-    The server's is `WebSocket`; the client's, which `connect` makes for tests, has the
-    same methods. Cancelling any of them, by `asyncio.timeout()` say, is safe: receiving
-    loses no message (but granian's own `receive` does), and sending has sent the whole
-    message or nothing. Sending waits while the other side reads too slowly.
-    """
-
-    _message: str  # the type of the event that carries a message from this end
+    # What each end adds: its state, the primitives, and the type of the events that
+    # carry its messages.
     _state: Literal["connecting", "open", "closed"]
-
-    async def receive(self) -> Event:
-        """Return the next event (a mapping), which may be the one of the end."""
-        raise NotImplementedError
-
-    async def send(self, event: Event) -> None:
-        """Send one event (a mapping)."""
-        raise NotImplementedError
-
-    def _disconnect(self) -> WebSocketDisconnect:
-        raise NotImplementedError
+    receive: Receive
+    send: Send
+    _disconnect: abc.Callable[[], WebSocketDisconnect]
+    _message: str
 
     @property
     def connected(self) -> bool:
@@ -404,7 +399,10 @@ class WebSocket(_End):
     `socket.resolver_match`, `socket.build_absolute_uri()`. `scope` is the ASGI
     connection scope as the server made it.
 
-    One task at a time may receive; any number may send.
+    One task at a time may receive; any number may send. Sending waits while the client
+    reads too slowly. To cancel any of it, by `asyncio.timeout()` say, is safe: no message
+    is lost (but on granian, whose own `receive` loses some), and one that was being sent
+    was sent whole, or not at all.
     """
 
     #: Seconds after which it is asked whether a busy view's client has left, and those
@@ -1107,7 +1105,7 @@ class _RedisGroups(_Groups):
 def _options() -> dict[str, Any]:
     """Return `settings.WEBSOCKETS` with its defaults; raise for what is wrong there."""
     options: dict[str, Any] = {"REDIS_URL": "", "PREFIX": "django_ws", "OUTBOX": 100}
-    given = getattr(settings, "WEBSOCKETS", {})
+    given = getattr(conf.settings, "WEBSOCKETS", {})
     if not isinstance(given, dict):
         raise ImproperlyConfigured("WEBSOCKETS must be a dict")
     for name, value in given.items():
@@ -1128,12 +1126,9 @@ def _options() -> dict[str, Any]:
         from redis.asyncio.connection import parse_url
 
         try:
-            parsed: Any = parse_url(options["REDIS_URL"])
+            parse_url(options["REDIS_URL"])
         except ValueError as error:
             raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
-        if "decode_responses" in parsed:
-            message = "WEBSOCKETS['REDIS_URL'] cannot have decode_responses"
-            raise ImproperlyConfigured(message)
     return options
 
 
@@ -1326,14 +1321,15 @@ class _Worker(futures.ThreadPoolExecutor):
         self.holders = self.jobs = 0
 
 
-def _reconnect() -> None:
-    """Drop the database connections of this thread that are too old or were cut."""
+def _reconnected(fn: abc.Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `fn` when connections of this thread that are too old or cut are dropped."""
     for connection in connections.all(initialized_only=True):
         if not connection.in_atomic_block:
             # Makes Django ask the server, so that a restart of the database fails no
             # query: a WebSocket cannot be asked again as a browser asks for a page.
             connection.errors_occurred = True
             connection.close_if_unusable_or_obsolete()
+    return fn(*args, **kwargs)
 
 
 def _give_back() -> None:
@@ -1392,7 +1388,7 @@ class _Lease(futures.Executor):
             worker.jobs += 1
         if check and time.monotonic() - self.checked > self.IDLE:
             self.checked = time.monotonic()
-            worker.submit(_reconnect)
+            fn = partial(_reconnected, fn)
         if self.timer is None and not self.ended:
             self.watch(self.IDLE)
         job = worker.submit(fn, *args, **kwargs)
@@ -1670,10 +1666,10 @@ class WebSocketHandler(asgi.ASGIHandler):
         if isinstance(rest, InvalidMessage):  # the client's fault: nothing to log
             code, reason = rest.code, str(rest)
         else:
-            if settings.DEBUG_PROPAGATE_EXCEPTIONS:
+            if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS:
                 raise rest
             await sync_to_async(self.report)(socket.request, rest)
-            if settings.DEBUG:
+            if conf.settings.DEBUG:
                 reason = f"{type(rest).__name__}: {rest}"
             if isinstance(rest, PermissionDenied):
                 code = CloseCode.POLICY_VIOLATION
