@@ -400,9 +400,9 @@ class WebSocket(_End):
     connection scope as the server made it.
 
     One task at a time may receive; any number may send. Sending waits while the client
-    reads too slowly. To cancel any of it, by `asyncio.timeout()` say, is safe: no message
-    is lost (but on granian, whose own `receive` loses some), and one that was being sent
-    was sent whole, or not at all.
+    reads too slowly. Cancelling any of it, by `asyncio.timeout()` say, is safe: no
+    message is lost (but on granian, whose own `receive` loses some), and one that was
+    being sent was sent whole, or not at all.
     """
 
     #: Seconds after which it is asked whether a busy view's client has left, and those
