@@ -4305,6 +4305,71 @@ class TestOutbox:
         assert messages(slow) == ["a", "b"]
         assert slow.sent[-1]["code"] == 1000
 
+    def test_the_views_own_messages_wait_for_their_turn(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            for message in ("a", "b"):
+                await broadcast("room", message)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await socket.send_text("never sent")
+            sending = asyncio.create_task(socket.send_text("c"))
+            await asyncio.sleep(0)
+            await broadcast("room", "d")
+            slow.reads.set()
+            await sending
+            assert messages(slow)[:3] == ["a", "b", "c"]
+            slow.reads.clear()
+            await broadcast("room", "e")
+            asyncio.get_running_loop().call_later(0.05, slow.reads.set)
+            await socket.close(4004)
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Slow()
+        slow.play(view, client)
+        assert messages(slow) == ["a", "b", "c", "d", "e"]
+        assert slow.sent[-1]["code"] == 4004
+
+    @pytest.mark.parametrize("how", ["overflows", "breaks"])
+    def test_a_message_that_waits_for_its_turn_in_vain(self, how: str) -> None:
+        raised: list[int] = []
+
+        async def own(socket: WebSocket) -> None:
+            try:
+                await socket.send_text("own")
+            except WebSocketDisconnect as end:
+                raised.append(end.code)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            await broadcast("room", "a")
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(3):
+                    given_up = tasks.create_task(own(socket))
+                await asyncio.sleep(0)
+                given_up.cancel()
+                if how == "overflows":
+                    await broadcast("room", "too much")
+                slow.error = OSError("gone")
+                slow.reads.set()
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Slow()
+        slow.play(view, client, WEBSOCKETS={"OUTBOX": 3})
+        assert raised == [1013 if how == "overflows" else 1006] * 2
+
     def test_many_slow_clients_are_waited_for_at_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
