@@ -182,8 +182,11 @@ class InvalidMessage(Exception):
     """
 
     def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(code, message)
         self.code = _close_arguments(code)[0]
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class WebSocketDenied(Exception):
@@ -193,8 +196,12 @@ class WebSocketDenied(Exception):
     """
 
     def __init__(self, response: http.HttpResponse) -> None:
-        super().__init__(f"the handshake was answered with {response.status_code}")
+        super().__init__(response)
         self.response = response
+
+    def __str__(self) -> str:
+        status = f"{self.response.status_code} {self.response.reason_phrase}"
+        return f"the handshake was answered with {status}"
 
 
 # The socket
@@ -376,13 +383,15 @@ _SERVERS_OWN = re.compile(
 )
 
 
-def _position(coroutine: Any) -> list[tuple[int, int]]:
-    """Tell where a suspended coroutine, and all that it awaits, stands in its code."""
-    position = []
+def _frames(coroutine: Any) -> abc.Iterator[types.FrameType]:
+    """Yield the frames of a suspended coroutine and of all that it awaits."""
     while frame := getattr(coroutine, "cr_frame", None):
-        position.append((id(frame), frame.f_lasti))
+        yield frame
         coroutine = coroutine.cr_await
-    return position
+
+
+def _position(coroutine: Any) -> list[tuple[int, int]]:
+    return [(id(frame), frame.f_lasti) for frame in _frames(coroutine)]
 
 
 # The lease of the socket whose view a task belongs to; child tasks inherit it. Not the
@@ -440,14 +449,15 @@ class WebSocket(_End):
         self._hearer: asyncio.Task[Any] | None = None
         self._position: abc.Iterable[tuple[int, int]] = ()
         self._deadline = 0.0
-        # The task that waits in receive(), how often it had been cancelled when the end
-        # came from outside, what reads ahead where none waits for a second, and the
-        # timer for that second.
+        # The task that waits in receive(), whether it was cancelled for an end from
+        # outside, what reads ahead where none waits for a second, and the timer for
+        # that second.
         self._receiver: asyncio.Task[Any] | None = None
-        self._woken: int | None = None
+        self._woken = False
         self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        # The groups that it is in, and what waits for its client to read.
+        # How many tasks are sending, the groups that it is in, and what these sent.
+        self._sending = 0
         self._groups: set[str] | None = None
         self._outbox: _Outbox | None = None
 
@@ -509,6 +519,8 @@ class WebSocket(_End):
             event, self._connect = self._connect, None
             return event
         self._receiver = task = asyncio.current_task()
+        assert task is not None
+        cancelling = task.cancelling()
         try:
             if self._ahead is not None:
                 await asyncio.wait([self._ahead])  # cancelling this leaves it alone
@@ -521,11 +533,11 @@ class WebSocket(_End):
             else:
                 event = await self._receive()
         except asyncio.CancelledError:
-            if self._woken is None or task is None:
+            if not self._woken:
                 raise
             # Ended from outside, by close_group() say: as when the client leaves.
-            before, self._woken = self._woken, None
-            if task.uncancel() > before:
+            self._woken = False
+            if task.uncancel() > cancelling:
                 raise
             raise self._disconnect() from None
         finally:
@@ -534,6 +546,7 @@ class WebSocket(_End):
                 self._watch()
         if event["type"] == "websocket.disconnect":
             self._left(event)
+            self._disconnect()  # whoever receives it, knows
         return event
 
     def _watch(self) -> None:
@@ -586,17 +599,20 @@ class WebSocket(_End):
             self._state, self._end = "closed", (code, reason)
             if self._timer is None:
                 self._watch()  # over the view's task, where another task learns of it
-        self._disconnect()
 
     def _end_from_outside(self, code: int, reason: str) -> None:
         """End the socket, and its view as when the client leaves."""
         if self._state == "open":
             self._ended(code, reason)
             if self._receiver is not None:
-                self._woken = self._receiver.cancelling()
+                self._woken = True
                 self._receiver.cancel()
-            else:
-                self._look()
+            elif (
+                asyncio.current_task() is not self._task
+                and not self._sending
+                and not (self._outbox and self._outbox.awaited)
+            ):
+                self._look()  # else it hears of it, or is looked after in a second
 
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
@@ -638,10 +654,11 @@ class WebSocket(_End):
         """
         if self._state != "open" or event["type"] != "websocket.send":
             self._check(event)
-        if self._outbox is not None:
+        if self._outbox is not None and self._outbox.task is not None:
             if not await self._outbox.send(event):
                 raise self._disconnect()
             return
+        self._sending += 1
         try:
             await self._send(event)
         except (OSError, RuntimeError) as error:
@@ -654,6 +671,10 @@ class WebSocket(_End):
             if self._refuse is not None and self._state == "open":
                 self._state = "connecting"  # no answer to the handshake went out
             raise
+        finally:
+            self._sending -= 1
+            if self._outbox is not None:
+                self._outbox.changed.set()
         if self._refuse is not None:  # that was the answer
             self._connect = self._refuse = None
             self._headers = ()
@@ -665,6 +686,7 @@ class WebSocket(_End):
             raise self._disconnect()
         if kind == "websocket.close":
             self._ended(event.get("code") or 1000, event.get("reason") or "")
+            self._disconnect()  # whoever closes, knows
         elif self._state == "open":
             if kind == "websocket.accept":
                 raise RuntimeError("accept() was called before")
@@ -730,6 +752,7 @@ class WebSocket(_End):
         if self._state == "connecting" and self._refuse is not None:
             await self._refuse(None)
             self._ended(code, reason)
+            self._disconnect()
         elif self._state != "closed":
             with suppress(WebSocketDisconnect):
                 close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
@@ -763,39 +786,6 @@ class WebSocket(_End):
             self._groups.remove(group)
             _groups().leave(group, self)
 
-    def _push(self, event: Event, limit: int) -> bool:
-        """Send an event of a group; return whether there is room for another.
-
-        The server's `send` is run by hand up to where it would wait. Mostly it does
-        not, and then no task was needed; otherwise the outbox takes over.
-        """
-        if self._state != "open":
-            return True
-        close = event["type"] == "websocket.close"
-        if close:  # at once, also for a client that does not read
-            self._end_from_outside(event["code"], event["reason"])
-        if self._outbox is not None:
-            self._outbox.events.append((event, None))
-            if len(self._outbox.events) > 2 * limit:
-                self._outbox.overflow()  # whoever broadcast did not wait for room
-            return close or len(self._outbox.events) < limit
-        sending = self._send(event).__await__()
-        try:
-            future = next(sending)
-        except StopIteration:
-            pass
-        except (Exception, asyncio.CancelledError) as error:
-            self._failed(error)
-        else:
-            self._outbox = _Outbox(self, _rest(sending, future))
-        return True
-
-    def _failed(self, error: BaseException) -> None:
-        """End for an exception that the server raised at a message to a group."""
-        if not isinstance(error, (OSError, RuntimeError)):
-            _logger.error("A message to a group was not sent", exc_info=error)
-        self._end_from_outside(CloseCode.ABNORMAL_CLOSURE, "")
-
 
 # Groups
 
@@ -806,79 +796,99 @@ def _name(group: str) -> str:
     return group
 
 
-@types.coroutine
-def _rest(sending: Any, future: Any) -> abc.Iterator[Any]:
-    """Go on with a coroutine that was run by hand up to where it waits for `future`."""
-    while True:
-        try:
-            yield future
-        except BaseException as error:
-            step = partial(sending.throw, error)
-        else:
-            step = partial(next, sending)
-        try:
-            future = step()
-        except StopIteration:
-            return
-
-
 class _Outbox:
-    """What waits for one client, from when the server reports back-pressure."""
+    """What groups send to one socket, in order, by a task that lives as long as needed.
 
-    # Seconds, in all, that broadcasts wait for a client that has no room left. One that
-    # reads makes some in a fraction of it, and is only outrun by a view that broadcasts
-    # without a pause.
+    On Python 3.12 and later that task starts at once, and mostly has then ended, too:
+    without back-pressure from the server nothing waits here.
+    """
+
+    # Seconds that broadcasts wait for a client that has no room left; what they waited
+    # comes back a hundred times more slowly. One that reads makes room in a fraction of
+    # it, and is only outrun by a view that broadcasts without a pause.
     PATIENCE = 0.25
 
-    def __init__(self, socket: WebSocket, first: abc.Awaitable[None]) -> None:
+    def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
         # Each with the future that a view waits for which sent it by itself.
         self.events: deque[tuple[Event, asyncio.Future[bool] | None]] = deque()
-        self.room = asyncio.Event()
-        self.patience = self.PATIENCE
-        self.task = asyncio.get_running_loop().create_task(self.drain(first))
+        self.task: asyncio.Task[None] | None = None
+        self.awaited = 0  # by how many tasks
+        self.changed = asyncio.Event()  # something was sent
+        self.patient_again = 0.0  # when all of the patience will have come back
 
-    async def drain(self, first: abc.Awaitable[None]) -> None:
-        """Send all that waits, in order, as fast as the client reads."""
+    def push(self, event: Event, future: asyncio.Future[bool] | None = None) -> None:
+        """Send an event after those before it."""
+        self.events.append((event, future))
+        if self.task is None:
+            loop = asyncio.get_running_loop()
+            if sys.version_info >= (3, 12):
+                task = asyncio.Task(self.drain(), loop=loop, eager_start=True)
+                self.task = None if task.done() else task
+            else:
+                self.task = loop.create_task(self.drain())
+
+    async def drain(self) -> None:
+        """Send all that waits, as fast as the client reads."""
         try:
-            await first
+            while self.socket._sending:  # not at the same time as the view
+                self.changed.clear()
+                await self.changed.wait()
             while self.events:
                 event, future = self.events.popleft()
-                self.room.set()
-                if future is None or not future.cancelled():
-                    await self.socket._send(event)
-                if future is not None and not future.cancelled():
-                    future.set_result(True)
-        except Exception as error:
-            self.socket._failed(error)
+                sent = False
+                try:
+                    given_up = future is not None and future.cancelled()
+                    if not given_up or event["type"] == "websocket.close":
+                        await self.socket._send(event)
+                    sent = True
+                finally:
+                    self.changed.set()
+                    if future is not None and not future.done():
+                        future.set_result(sent)
+        except (Exception, asyncio.CancelledError) as error:
+            if not isinstance(error, (OSError, RuntimeError)):
+                if self.socket._state == "open":
+                    _logger.error("A message to a group was not sent", exc_info=error)
+            self.socket._end_from_outside(CloseCode.ABNORMAL_CLOSURE, "")
         finally:
             self.drop()
-            self.socket._outbox = None
+            self.task = None
 
     def drop(self) -> None:
         """Send nothing of what waits."""
         for _, future in self.events:
-            if future is not None and not future.cancelled():
+            if future is not None and not future.done():
                 future.set_result(False)
         self.events.clear()
-        self.room.set()
+        self.changed.set()
 
     async def send(self, event: Event) -> bool:
         """Send an event of the view's own in its turn; return whether it was sent."""
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.events.append((event, future))
-        return await future
+        self.push(event, future)
+        self.awaited += 1
+        try:
+            return await future
+        finally:
+            self.awaited -= 1
+
+    def count(self) -> int:
+        """Return how much of what groups sent waits."""
+        return len(self.events) - self.awaited
 
     async def make_room(self, limit: int) -> None:
         """Wait a moment for room; without it, the client loses its connection."""
         start = time.monotonic()
+        spent = max(0.0, self.patient_again - start) / 100
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.patience):
-                while len(self.events) >= limit:
-                    self.room.clear()
-                    await self.room.wait()
-        self.patience -= time.monotonic() - start
-        if len(self.events) >= limit:
+            async with asyncio.timeout(self.PATIENCE - spent):
+                while self.count() >= limit:
+                    self.changed.clear()
+                    await self.changed.wait()
+        spent += time.monotonic() - start
+        self.patient_again = start + 100 * spent
+        if self.count() >= limit:
             self.overflow()
 
     def overflow(self) -> None:
@@ -887,8 +897,26 @@ class _Outbox:
             code, reason = CloseCode.TRY_AGAIN_LATER, "reads too slowly"
             self.socket._end_from_outside(code, reason)
             self.drop()
-            close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
-            self.events.append((close, None))
+            self.push({"type": SendEvent.CLOSE, "code": code, "reason": reason})
+
+    async def end(self, seconds: float) -> None:
+        """Send what waits, for some seconds at most."""
+        if self.task is not None:
+            task = self.task
+            try:
+                await asyncio.wait([task], timeout=seconds)
+            finally:
+                task.cancel()
+                self.drop()
+                self.task = None
+
+
+class _Group(set[WebSocket]):
+    """The sockets of a group on one event loop; one broadcast after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = asyncio.Lock()
 
 
 class _Groups:
@@ -899,13 +927,15 @@ class _Groups:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.limit: int = options["OUTBOX"]
-        self.members: dict[str, set[WebSocket]] = {}
+        self.members: dict[str, _Group] = {}
         self.pushes = 0
 
     async def join(self, group: str, socket: WebSocket) -> None:
         """Add a socket; what is published from now on reaches it."""
         self.loops[asyncio.get_running_loop()] = self
-        self.members.setdefault(group, set()).add(socket)
+        if group not in self.members:
+            self.members[group] = _Group()
+        self.members[group].add(socket)
 
     def leave(self, group: str, socket: WebSocket) -> None:
         """Remove a socket; an empty group leaves no trace."""
@@ -925,18 +955,30 @@ class _Groups:
                 future = asyncio.run_coroutine_threadsafe(delivery, loop)
                 # Not longer: a loop that stops just now never answers.
                 await asyncio.wait([asyncio.wrap_future(future)], timeout=1)
+            elif loop.is_closed():
+                self.loops.pop(loop, None)
 
     async def deliver(self, group: str, event: Event) -> None:
         """Send an event to the group's sockets on this loop."""
-        full = []
-        for socket in tuple(self.members.get(group, ())):
-            if not socket._push(event, self.limit):
-                full.append(socket._outbox)
-            self.pushes += 1
-            if self.pushes % 100 == 0:
-                await asyncio.sleep(0)  # the turn of the sockets outside the group
-        if full:  # all at once: none waits for another's sake
-            await asyncio.gather(*[box.make_room(self.limit) for box in full if box])
+        members = self.members.get(group, _Group())
+        close = event["type"] == SendEvent.CLOSE
+        async with members.lock:
+            full = []
+            for socket in tuple(members):
+                if socket._state == "open" and socket in members:
+                    outbox = socket._outbox = socket._outbox or _Outbox(socket)
+                    if close:  # at once, also for a client that does not read
+                        socket._end_from_outside(event["code"], event["reason"])
+                    outbox.push(event)
+                    if outbox.count() > 2 * self.limit:
+                        outbox.overflow()  # nobody waited for room
+                    elif outbox.count() >= self.limit and not close:
+                        full.append(outbox)
+                self.pushes += 1
+                if self.pushes % 100 == 0:
+                    await asyncio.sleep(0)  # the turn of the sockets outside the group
+            if full:  # all at once: none waits for another's sake
+                await asyncio.gather(*[one.make_room(self.limit) for one in full])
 
 
 class _RedisGroups(_Groups):
@@ -954,11 +996,18 @@ class _RedisGroups(_Groups):
 
         super().__init__(options)
         self.prefix = options["PREFIX"]
-        # Many broadcasts at once wait for each other. No second try for any of them: it
-        # could send a message twice.
-        retry, url = Retry(NoBackoff(), 0), options["REDIS_URL"]
-        self.client = Redis.from_pool(
-            BlockingConnectionPool.from_url(url, max_connections=10, retry=retry)
+        # To publish there is a second try, since Redis may have closed a connection
+        # that was idle; many broadcasts at once wait for each other. Who listens must
+        # know when the connection breaks.
+        self.client, self.subscriber = (
+            Redis.from_pool(
+                BlockingConnectionPool.from_url(
+                    options["REDIS_URL"],
+                    max_connections=10,
+                    retry=Retry(NoBackoff(), tries),
+                )
+            )
+            for tries in (1, 0)
         )
         self.listener: asyncio.Task[None] | None = None
         self.down = False
@@ -997,7 +1046,7 @@ class _RedisGroups(_Groups):
         """Listen to Redis while there are members; connect again and again."""
         pause = self.PAUSES[0]
         while self.members:
-            pubsub: Any = self.client.pubsub()
+            pubsub: Any = self.subscriber.pubsub()
             try:
                 await pubsub.connect()
                 # All over again, on a connection that knows of nothing.
@@ -1020,8 +1069,10 @@ class _RedisGroups(_Groups):
                 await pubsub.aclose()
         self.listener = None
         for future in chain(self.joining, *self.pings):
-            future.cancel()  # of sockets that have ended
-        await self.client.connection_pool.disconnect(inuse_connections=False)
+            if not future.done():
+                future.set_result(None)  # for whoever has left before it was confirmed
+        for client in (self.client, self.subscriber):
+            await client.connection_pool.disconnect(inuse_connections=False)
 
     async def subscribe(self, pubsub: Any) -> None:
         """Let Redis send what the groups that have sockets here get, and no more.
@@ -1123,11 +1174,12 @@ def _options() -> dict[str, Any]:
     if options["REDIS_URL"]:
         if not importlib.util.find_spec("redis"):
             raise ImproperlyConfigured("WEBSOCKETS['REDIS_URL']: pip install redis")
-        from redis.asyncio.connection import parse_url
+        from redis.asyncio import BlockingConnectionPool
 
         try:
-            parse_url(options["REDIS_URL"])
-        except ValueError as error:
+            pool: Any = BlockingConnectionPool.from_url(options["REDIS_URL"])
+            pool.make_connection()
+        except (ValueError, TypeError, AttributeError) as error:
             raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
     return options
 
@@ -1196,6 +1248,10 @@ class _SwitchingProtocols(http.HttpResponse):
     def __init__(self, *call: Any) -> None:
         super().__init__()
         self.call = call
+
+    def __del__(self) -> None:  # nobody waits any more: the server cancelled
+        if inspect.iscoroutine(self.result):
+            self.result.close()
 
 
 def _refuse_origin(request: http.HttpRequest) -> http.HttpResponse | None:
@@ -1527,14 +1583,11 @@ class WebSocketHandler(asgi.ASGIHandler):
             for name, value in [*response.items(), *cookies]
             if name != "Content-Type" and not _SERVERS_OWN.fullmatch(name)
         ]
-        result = response.result
+        result, response.result = response.result, None
         del response, refuse  # an idle socket has no use for them
         result = await self.run_view(socket, result)
         if socket._outbox is not None:  # what was broadcast before the end
-            await asyncio.wait([socket._outbox.task], timeout=self.FLUSH)
-            if socket._outbox is not None:
-                socket._outbox.task.cancel()
-                socket._outbox = None
+            await socket._outbox.end(self.FLUSH)
         if socket._refuse is None:
             await socket.close()
         elif socket._state == "closed":
@@ -1544,7 +1597,10 @@ class WebSocketHandler(asgi.ASGIHandler):
             with suppress(OSError, RuntimeError):
                 await socket._send({"type": SendEvent.CLOSE})
         else:
-            await socket._refuse(result)
+            try:
+                await socket._refuse(result)
+            finally:
+                del result  # an exception, whose traceback leads back to this frame
 
     async def run_view(self, socket: WebSocket, result: Any) -> Any:
         """Await a view; return what refuses the handshake where it did not accept."""
@@ -1637,6 +1693,7 @@ class WebSocketHandler(asgi.ASGIHandler):
             render = getattr(result, "render", None)
             return render() if callable(render) else result
 
+        traceback = getattr(result, "__traceback__", None)
         signals.request_started.send(sender=self.__class__, scope=request.scope)
         response: Any = exception.convert_exception_to_response(get_response)(request)
         response._handler_class = self.__class__
@@ -1651,8 +1708,10 @@ class WebSocketHandler(asgi.ASGIHandler):
         if response.status_code >= 400:
             message = "%s: %s", response.reason_phrase, request.path
             log_response(*message, response=response, request=request)
-        if isinstance(result, Exception):
-            result.__traceback__ = None  # it holds this frame, which holds it
+        if isinstance(
+            result, Exception
+        ):  # without this frame, which would make a cycle
+            result.__traceback__ = traceback
         return response
 
     async def handle_exception(
@@ -1666,12 +1725,13 @@ class WebSocketHandler(asgi.ASGIHandler):
         if isinstance(rest, InvalidMessage):  # the client's fault: nothing to log
             code, reason = rest.code, str(rest)
         else:
-            if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS:
+            denied = isinstance(rest, PermissionDenied)
+            if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS and not denied:
                 raise rest
             await sync_to_async(self.report)(socket.request, rest)
             if conf.settings.DEBUG:
                 reason = f"{type(rest).__name__}: {rest}"
-            if isinstance(rest, PermissionDenied):
+            if denied:
                 code = CloseCode.POLICY_VIOLATION
         # A frame takes 123 bytes (RFC 6455, section 5.5).
         reason = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
@@ -1751,47 +1811,56 @@ def websockets(app: Application) -> Any:
 class _Client(_End):
     """The client's end of a WebSocket, for tests; `connect` makes it.
 
-    `subprotocol` (str or None) is the one that was agreed, and `headers` (a mapping
-    that ignores case) are those of the answer to the handshake. It receives and sends
-    as `WebSocket` does, but waits for `timeout` seconds at most, and then raises
-    `TimeoutError`; what the view raised is raised here, too.
+    Of the answer to the handshake it has `subprotocol` (str or None), `headers` (a
+    mapping that ignores case) and `cookies`. It receives and sends as `WebSocket` does,
+    but waits for `timeout` seconds at most, and then raises `TimeoutError`; what the
+    view raised is raised here, too.
     """
 
     _message = "websocket.receive"
 
-    def __init__(
-        self, application: Application, scope: Scope, timeout: float, errors: bool
-    ) -> None:
+    def __init__(self, scope: Scope, timeout: float | None, errors: bool) -> None:
         self.scope = scope
         self.timeout = timeout
         self.subprotocol: str | None = None
-        self.headers: abc.Mapping[str, str] = {}
+        self._answer = http.HttpResponse()
         self._state = "connecting"
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
         self._errors = errors
         self._error: BaseException | None = None
-        self._received: asyncio.Queue[Event] = asyncio.Queue()
+        # A view that sends far more than is received waits, as for a slow client.
+        self._received: asyncio.Queue[Event] = asyncio.Queue(10_000)
         self._sent: asyncio.Queue[Event] = asyncio.Queue()
         self._sent.put_nowait({"type": ReceiveEvent.CONNECT})
-        # In the test's own context: its transaction is seen.
-        self._task = asyncio.create_task(self._run(application))
 
     def __repr__(self) -> str:
         return f"<the client's end of {self.scope['path']!r}>"
+
+    @property
+    def headers(self) -> abc.Mapping[str, str]:
+        """The headers of the answer, without cookies (a mapping that ignores case)."""
+        return self._answer.headers
+
+    @property
+    def cookies(self) -> Any:
+        """The cookies of the answer (http.cookies.SimpleCookie)."""
+        return self._answer.cookies
 
     async def _run(self, application: Application) -> None:
         """Be the server."""
         try:
             await application(self.scope, self._sent.get, self._take)
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # pytest.fail() is no Exception
             self._error = error
         finally:  # where the application has not closed, the connection breaks
-            self._received.put_nowait({"type": SendEvent.CLOSE, "code": 1006})
+            await self._received.put({"type": SendEvent.CLOSE, "code": 1006})
 
     async def _take(self, event: Event) -> None:
         if self._state == "closed":
             raise OSError("the client has gone")  # as servers do (ASGI 2.4)
-        self._received.put_nowait(event)
+        await self._received.put(event)
 
     def _store_error(self, request: Any = None, **kwargs: Any) -> None:
         """Keep what a view raised, as the receiver of a signal of Django's."""
@@ -1824,6 +1893,8 @@ class _Client(_End):
         self._state, self._end = "closed", (code, reason)
         gone = {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
         self._sent.put_nowait(gone)
+        while not self._received.empty():  # a view that waits to send waits no longer
+            self._received.get_nowait()
 
     async def receive(self) -> Event:
         """Return the next event of the view (a mapping): a message, or the end."""
@@ -1838,6 +1909,7 @@ class _Client(_End):
         if self._state == "closed":
             raise self._disconnect()
         self._sent.put_nowait(event)
+        await asyncio.sleep(0)  # the view's turn
 
     async def close(
         self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
@@ -1847,40 +1919,27 @@ class _Client(_End):
         if self._state != "closed":
             self._closed(code, reason)
 
-    async def _handshake(self, cookies: Any) -> None:
-        """Wait for the answer; add its cookies to the test client's."""
+    async def _handshake(self) -> None:
         event = await self._next("the answer to the handshake")
-        response = http.HttpResponse(status=event.get("status", 403))
-        if event["type"] == "websocket.http.response.start":
-            more = True
-            while more:
-                part = await self._next("the rest of the answer to the handshake")
-                response.write(part.get("body", b""))
-                more = part.get("more_body", False)
-        del response.headers["Content-Type"]
+        answer = self._answer
+        answer.status_code = event.get("status", 403)
+        more = event["type"] == "websocket.http.response.start"
+        while more:
+            part = await self._next("the rest of the answer to the handshake")
+            answer.write(part.get("body", b""))
+            more = part.get("more_body", False)
+        del answer.headers["Content-Type"]
         for name, value in event.get("headers") or ():
             if name.lower() == b"set-cookie":
-                response.cookies.load(value.decode("latin-1"))
+                answer.cookies.load(value.decode("latin-1"))
             else:
-                response.headers[name.decode("ascii")] = value.decode("latin-1")
-        cookies.update(response.cookies)
+                answer.headers[name.decode("ascii")] = value.decode("latin-1")
         if event["type"] != SendEvent.ACCEPT:
-            self._raise_error()
-            raise WebSocketDenied(response)
+            if "Location" in answer:
+                setattr(answer, "url", answer["Location"])  # for assertRedirects()
+            raise WebSocketDenied(answer)
         self._state = "open"
         self.subprotocol = event.get("subprotocol")
-        self.headers = response.headers
-
-    async def _shut(self) -> bool:
-        """Close, and tell whether the application has ended."""
-        await self.close()
-        # A view that waits for something else is cancelled after a while.
-        seconds = self.timeout + WebSocket.WATCH
-        await asyncio.wait([self._task], timeout=seconds)
-        ended = self._task.done()
-        self._task.cancel()
-        await asyncio.wait([self._task], timeout=self.timeout)
-        return ended
 
 
 @asynccontextmanager
@@ -1891,7 +1950,7 @@ async def connect(
     client: Any = None,
     headers: abc.Mapping[str, str] | None = None,
     subprotocols: abc.Iterable[str] = (),
-    timeout: float = 1,
+    timeout: float | None = 1,
 ) -> abc.AsyncIterator[_Client]:
     """Open a WebSocket to an ASGI application in a test, without a server.
 
@@ -1899,61 +1958,83 @@ async def connect(
             await socket.send_text("hi")
             assert await socket.receive_text() == "hi"
 
-    `path` (str) may carry a query string. `client`, one of Django's test clients,
-    lends its cookies (so `force_login()` works), its default headers and
-    `raise_request_exception`. `headers` (a mapping of str) adds to them or overrides;
-    Host is `testserver` and Origin the same site. `subprotocols` are offered.
+    `path` (str) may carry a query string, and with `wss://testserver` before it, the
+    connection is encrypted. `client`, one of Django's test clients, lends its cookies
+    (so `force_login()` works) and keeps those of the answer, lends its default headers
+    and `raise_request_exception`. `headers` (a mapping of str) adds to them or
+    overrides; None takes one away. Host is `testserver` and Origin the same site.
+    `subprotocols` (of str) are offered.
 
     `socket` has the `send_…`, `receive_…`, `iter_…` and `close` of `WebSocket`, and
-    `subprotocol` and `headers` of the answer. It waits `timeout` seconds at most for
-    each message, and so long for the view when the block has ended and the socket was
-    closed with 1000.
+    `subprotocol`, `headers` and `cookies` of the answer. It waits `timeout` seconds at
+    most for each message (None: for ever), and so long for the view when the block has
+    ended and the socket was closed with 1000. Cancelling the block closes it, too.
 
     Raises `WebSocketDenied` for a refusal, `TimeoutError`, and what the view raised,
     unless the client's `raise_request_exception` is off.
     """
-    lines = {"host": "testserver", "origin": "http://testserver"}
-    cookies = getattr(client, "cookies", {})
-    morsels = cookies.values()
-    lines["cookie"] = "; ".join(f"{one.key}={one.coded_value}" for one in morsels)
-    for name, value in getattr(client, "defaults", {}).items():
-        if name.startswith("HTTP_") or is_async(client.request):
-            name = name.removeprefix("HTTP_").replace("_", "-")
-            lines[name.lower()] = value
-    lines |= {name.lower(): value for name, value in (headers or {}).items()}
     url = urlsplit(str(path))
+    defaults = getattr(client, "defaults", {})
+    lines: dict[str, Any] = {
+        "host": url.netloc or defaults.get("SERVER_NAME", "testserver"),
+        "connection": "Upgrade",
+        "upgrade": "websocket",
+    }
+    for name, value in defaults.items():
+        if name.startswith("HTTP_") or is_async(client.request):
+            lines[name.removeprefix("HTTP_").replace("_", "-").lower()] = value
+    cookies = getattr(client, "cookies", {})
+    if cookies:
+        pairs = [f"{one.key}={one.coded_value}" for one in cookies.values()]
+        lines["cookie"] = "; ".join(pairs)
+    lines |= {name.lower(): value for name, value in (headers or {}).items()}
+    scheme = "https" if url.scheme in ("https", "wss") else "http"
+    lines.setdefault("origin", f"{scheme}://{lines['host']}")
     scope: Scope = {
         "type": "websocket",
         "asgi": {"version": "3.0", "spec_version": "2.5"},
         "http_version": "1.1",
-        "scheme": "ws",
+        "scheme": scheme.replace("http", "ws"),
         "path": unquote(url.path),
         "raw_path": url.path.encode(),
         "query_string": url.query.encode(),
         "root_path": "",
         "headers": [
-            (name.encode("ascii"), value.encode("latin-1"))
+            (name.encode("ascii"), str(value).encode("latin-1"))
             for name, value in lines.items()
-            if value
+            if value is not None
         ],
         "client": ("127.0.0.1", 0),
-        "server": ("testserver", 80),
+        "server": ("testserver", 443 if scheme == "https" else 80),
         "subprotocols": list(subprotocols),
         "extensions": {"websocket.http.response": {}},
     }
     errors = getattr(client, "raise_request_exception", True)
-    socket = _Client(application, scope, timeout, errors)
-    scope["django_ws"] = socket
+    socket = scope["django_ws"] = _Client(scope, timeout, errors)
+    denied, hanging = None, ""
     signals.got_request_exception.connect(socket._store_error, weak=False)
+    # In the test's own context: its transaction is seen.
+    task = asyncio.create_task(socket._run(application))
     try:
-        await socket._handshake(cookies)
-        yield socket
+        try:
+            await socket._handshake()
+            yield socket
+        except WebSocketDenied as error:
+            denied = error
+        finally:
+            await socket.close()
+            # A view that waits for something else is cancelled after a while.
+            seconds = None if timeout is None else timeout + WebSocket.WATCH
+            await asyncio.wait([task], timeout=seconds)
     finally:
-        ended = await socket._shut()
         signals.got_request_exception.disconnect(socket._store_error)
+        if not task.done():
+            hanging = " > ".join(one.f_code.co_name for one in _frames(task.get_coro()))
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
+    cookies.update(socket.cookies)
     socket._raise_error()
-    if not ended:
-        view: Any = application
-        with suppress(http.Http404, AttributeError):  # it may be no Django project
-            view = urls.resolve(scope["path"]).view_name
-        raise TimeoutError(f"the view {view!r} has not ended though its client left")
+    if hanging:
+        raise TimeoutError(f"the view has not ended, it stands in {hanging}")
+    if denied is not None:
+        raise denied

@@ -3956,13 +3956,14 @@ class TestGroups:
             await socket.join("room")
             await broadcast("room", "here")
 
+        loops = django_ws._Groups.loops
         loop = asyncio.new_event_loop()
-        django_ws._Groups.loops[loop] = django_ws._Groups(django_ws._options())
-        try:
-            assert Drive().run(view)[1]["text"] == "here"
-        finally:
-            del django_ws._Groups.loops[loop]
-            loop.close()
+        loops[loop] = django_ws._Groups(django_ws._options())
+        assert Drive().run(view)[1]["text"] == "here"
+        assert loop in loops
+        loop.close()
+        assert Drive().run(view)[1]["text"] == "here"
+        assert loop not in loops
 
     def test_a_group_of_ten_thousand(self) -> None:
         sent = 0
@@ -4260,31 +4261,6 @@ class TestOutbox:
         slow = serve_slow(member, client)
         assert messages(slow) == ["a", "b"]
         assert slow.sent[-1]["code"] == 4003
-
-    def test_a_member_that_is_full_and_gone_by_then(self) -> None:
-        """Of two full members the first takes a moment, in which the second goes."""
-
-        async def client(lives: list[Live]) -> None:
-            await all_joined(lives)
-            never = asyncio.Event()
-
-            async def stuck(event: Any) -> None:
-                await never.wait()
-
-            groups = django_ws._Groups.loops[asyncio.get_running_loop()]
-            members = sorted(groups.members["room"], key=id)
-            for socket in members:
-                socket._send = stuck
-            for _ in range(3):
-                await broadcast("room", "x")
-            loop = asyncio.get_running_loop()
-            for socket in members:
-                assert socket._outbox is not None
-                loop.call_later(0.01, socket._outbox.task.cancel)
-            await broadcast("room", "x")
-            assert all(socket._state == "open" for socket in members)
-
-        serve_all(2, member, client, WEBSOCKETS={"OUTBOX": 3})
 
     def test_the_end_of_a_view_waits_for_what_was_broadcast_before(self) -> None:
         async def view(socket: WebSocket) -> None:
@@ -5377,10 +5353,12 @@ class TestConnect:
             await asyncio.sleep(3600)
 
         async def test() -> None:
-            with pytest.raises(TimeoutError, match=r"stubborn' has not ended"):
+            with pytest.raises(
+                TimeoutError, match=r"has not ended.* > stubborn > sleep"
+            ):
                 async with connected(stubborn, timeout=0.05):
                     pass
-            with pytest.raises(TimeoutError, match=r"function .*raw .* has not ended"):
+            with pytest.raises(TimeoutError, match=r"has not ended.* > raw > sleep"):
                 async with connect(raw, "/", timeout=0.05):
                     pass
 
