@@ -807,6 +807,7 @@ class _Outbox:
     # comes back a hundred times more slowly. One that reads makes room in a fraction of
     # it, and is only outrun by a view that broadcasts without a pause.
     PATIENCE = 0.25
+    EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
@@ -822,11 +823,8 @@ class _Outbox:
         self.events.append((event, future))
         if self.task is None:
             loop = asyncio.get_running_loop()
-            if sys.version_info >= (3, 12):
-                task = asyncio.Task(self.drain(), loop=loop, eager_start=True)
-                self.task = None if task.done() else task
-            else:
-                self.task = loop.create_task(self.drain())
+            task = asyncio.Task(self.drain(), loop=loop, **self.EAGER)
+            self.task = None if task.done() else task
 
     async def drain(self) -> None:
         """Send all that waits, as fast as the client reads."""
@@ -838,8 +836,9 @@ class _Outbox:
                 event, future = self.events.popleft()
                 sent = False
                 try:
-                    given_up = future is not None and future.cancelled()
-                    if not given_up or event["type"] == "websocket.close":
+                    if future is None or not future.cancelled():
+                        await self.socket._send(event)
+                    elif event["type"] == "websocket.close":  # the end is the end
                         await self.socket._send(event)
                     sent = True
                 finally:
@@ -970,10 +969,11 @@ class _Groups:
                     if close:  # at once, also for a client that does not read
                         socket._end_from_outside(event["code"], event["reason"])
                     outbox.push(event)
-                    if outbox.count() > 2 * self.limit:
-                        outbox.overflow()  # nobody waited for room
-                    elif outbox.count() >= self.limit and not close:
-                        full.append(outbox)
+                    if outbox.task is not None and not close:
+                        if outbox.count() > 2 * self.limit:
+                            outbox.overflow()  # nobody waited for room
+                        elif outbox.count() >= self.limit:
+                            full.append(outbox)
                 self.pushes += 1
                 if self.pushes % 100 == 0:
                     await asyncio.sleep(0)  # the turn of the sockets outside the group

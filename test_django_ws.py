@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import pathlib
+import pickle
 import re
 import selectors
 import shutil
@@ -60,6 +61,7 @@ from django.http import (
     JsonResponse,
     StreamingHttpResponse,
 )
+from django.shortcuts import redirect
 from django.test import (
     AsyncClient,
     Client,
@@ -447,8 +449,21 @@ class TestErrors:
         with pytest.raises(ValueError, match="400 is no close code"):
             InvalidMessage(400, "as in HTTP")
 
+    # The socket
 
-# The socket
+    @pytest.mark.parametrize(
+        "error",
+        [
+            WebSocketDisconnect(4001, "bye"),
+            InvalidMessage(1003, "text was expected"),
+            WebSocketDenied(HttpResponse(status=403)),
+        ],
+    )
+    def test_they_can_be_pickled(self, error: Any) -> None:
+        """As test runners in several processes do."""
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+        assert vars(again).keys() == vars(error).keys()
 
 
 class TestAccept:
@@ -3950,6 +3965,62 @@ class TestGroups:
         lives = serve_all(500, member, client)
         assert all(messages(live) == ["x", "y"] for live in lives[1::2])
 
+    def test_who_has_left_meanwhile_gets_nothing(self) -> None:
+        left: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            await socket.leave("room")
+            left.append(socket.path)
+            await socket.receive_text()
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            for live in lives:
+                live.queue.put_nowait(text("leave"))
+            await broadcast("room", "x")  # takes three turns of the loop
+            assert len(left) == 250
+            assert 0 < sum(messages(live) == ["x"] for live in lives) < 250
+            await close_group("room")
+            for live in lives:
+                live.queue.put_nowait(GONE)
+
+        for live in serve_all(250, view, client):
+            assert live.sent[-1]["type"] == "websocket.send"
+
+    @pytest.mark.parametrize("how", ["broadcasts", "closes its group"])
+    def test_who_broadcasts_to_itself_is_cancelled_when_its_client_leaves(
+        self, quick: None, how: str
+    ) -> None:
+        ended: list[bool] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            try:
+                if how == "closes its group":
+                    await close_group("room")
+                while True:
+                    await broadcast("room", "tick")
+                    await asyncio.sleep(0.001)
+            finally:
+                ended.append(True)
+
+        class Leaving(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                await super().send(event)
+                if event.get("text") == "tick":
+                    raise OSError("gone")
+
+        async def client(live: Live) -> None:
+            pass
+
+        Leaving().play(view, client)
+        assert ended == [True]
+
     def test_an_event_loop_that_stands_still_is_passed_over(self) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
@@ -4053,6 +4124,17 @@ class TestCloseGroup:
         child = "the WebSocket has ended: 4001 logged out"
         end = {"reads": (4001, "logged out"), "sleeps": "cancelled"}.get(what, child)
         assert ends == [end] * 3
+
+    def test_a_cancellation_from_before_is_not_swallowed(self) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            await asyncio.sleep(0.01)  # it is read
+            lives[0].task.cancel()
+            await close_group("room")
+            await asyncio.wait([lives[0].task])
+
+        [live] = serve_all(1, member, client)
+        assert live.task.cancelled()
 
     def test_a_view_may_close_its_own_group(self) -> None:
         async def view(socket: WebSocket) -> None:
@@ -4334,7 +4416,7 @@ class TestOutbox:
                     given_up = tasks.create_task(own(socket))
                 await asyncio.sleep(0)
                 given_up.cancel()
-                if how == "overflows":
+                for _ in range(3 if how == "overflows" else 0):
                     await broadcast("room", "too much")
                 slow.error = OSError("gone")
                 slow.reads.set()
@@ -4345,6 +4427,178 @@ class TestOutbox:
         slow = Slow()
         slow.play(view, client, WEBSOCKETS={"OUTBOX": 3})
         assert raised == [1013 if how == "overflows" else 1006] * 2
+
+    @pytest.mark.parametrize("what", ["send_text", "close"])
+    def test_a_server_that_fails_in_the_views_turn(self, what: str) -> None:
+        ends: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            await broadcast("room", "a")
+            loop = asyncio.get_running_loop()
+            loop.call_later(0.01, slow.reads.set)
+            try:
+                await (socket.send_text("b") if what == "send_text" else socket.close())
+                ends.append("closed")
+            except WebSocketDisconnect:
+                ends.append("raised")
+
+        class Breaking(Slow):
+            async def send(self, event: dict[str, Any]) -> None:
+                await super().send(event)
+                if event.get("text") == "b" or event["type"] == "websocket.close":
+                    raise OSError("gone")
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Breaking()
+        slow.play(view, client)
+        assert ends == ["raised" if what == "send_text" else "closed"]
+
+    def test_a_close_that_was_given_up_is_still_sent(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            await broadcast("room", "a")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await socket.close(4005)
+            slow.reads.set()
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Slow()
+        slow.play(view, client)
+        assert messages(slow) == ["a"] and slow.sent[-1]["code"] == 4005
+
+    def test_the_server_sends_one_event_at_a_time(self) -> None:
+        """A broadcast waits for a send of the view's that is under way."""
+
+        class Counting(Slow):
+            sending = most = 0
+
+            async def send(self, event: dict[str, Any]) -> None:
+                self.sending += 1
+                self.most = max(self.most, self.sending)
+                await super().send(event)
+                self.sending -= 1
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            slow.reads.clear()
+            own = asyncio.create_task(socket.send_text("own"))
+            await asyncio.sleep(0)
+            await broadcast("room", "a")
+            slow.reads.set()
+            await own
+            await socket.receive_text()
+
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(messages(slow)) == 1)
+            slow.queue.put_nowait(GONE)
+
+        slow = Counting()
+        slow.play(view, client)
+        assert [event["text"] for event in slow.sent[1:]] == ["own", "a"]
+        assert slow.most == 1
+
+    def test_a_timeout_in_the_servers_send_is_not_the_broadcasters(self) -> None:
+        class Impatient(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event.get("text") == "stuck":
+                    try:
+                        async with asyncio.timeout(0.02):
+                            await asyncio.sleep(3600)
+                    except TimeoutError as error:
+                        raise OSError("too slow") from error
+                await super().send(event)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) > 1)
+            await broadcast("room", "stuck")
+            await asyncio.wait([live.task])
+            await asyncio.sleep(0.1)  # nobody cancels this
+
+        live = Impatient()
+        live.play(member, client)
+        assert live.task.exception() is None
+
+    def test_a_server_that_cancels_a_send_ends_that_socket(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            await broadcast("room", "a")
+            slow.error = asyncio.CancelledError()
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        serve_slow(member, client)
+        assert "A message to a group was not sent" in caplog.text
+
+    def test_broadcasts_at_once_wait_for_each_other(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            slow.reads.clear()
+            asyncio.get_running_loop().call_later(0.01, slow.reads.set)
+            await asyncio.gather(*(broadcast("room", str(n)) for n in range(400)))
+            await slow.until(lambda: len(messages(slow)) == 400)
+            slow.queue.put_nowait(GONE)
+
+        slow = serve_slow(member, client)
+        assert messages(slow) == [*map(str, range(400))]
+
+    def test_the_views_own_messages_are_no_overflow(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            await broadcast("room", "a")
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(20):
+                    tasks.create_task(socket.send_text("own"))
+                await asyncio.sleep(0)
+                await broadcast("room", "b")
+                slow.reads.set()
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Slow()
+        slow.play(view, client, WEBSOCKETS={"OUTBOX": 3})
+        assert messages(slow) == ["a", *["own"] * 20, "b"]
+
+    def test_patience_comes_back_slowly(self) -> None:
+        """One that pauses again and again does not delay the others for ever."""
+
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            start = time.monotonic()
+            waited = 0.0
+            while not slow.task.done() and waited < 2:
+                slow.reads.clear()
+                asyncio.get_running_loop().call_later(0.1, slow.reads.set)
+                for _ in range(6):
+                    await broadcast("room", "x")
+                slow.reads.set()
+                await asyncio.sleep(0.01)
+                waited = time.monotonic() - start
+
+        slow = serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5})
+        assert slow.sent[-1]["code"] == 1013
 
     def test_many_slow_clients_are_waited_for_at_once(
         self, monkeypatch: pytest.MonkeyPatch
@@ -4617,6 +4871,7 @@ class TestOptions:
             ({"PREFIX": b"x"}, "WEBSOCKETS\\['PREFIX'\\] must be str"),
             (["REDIS_URL"], "must be a dict"),
             ({"REDIS_URL": "localhost:6379"}, "WEBSOCKETS\\['REDIS_URL'\\]: "),
+            ({"REDIS_URL": "redis://localhost?foo=1"}, "\\['REDIS_URL'\\]: .*foo"),
             ({"PREFIX": "a:b"}, "WEBSOCKETS\\['PREFIX'\\] must have no colon"),
         ],
     )
@@ -4912,6 +5167,57 @@ class TestRedisHere:
         live.play(view, client, **redis_settings(redis))
         assert live.sent[1]["text"] == "here"
 
+    def test_leaving_while_another_task_joins(self, redis: Redis) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            joining = asyncio.create_task(socket.join("room"))
+            await asyncio.sleep(0)
+            await socket.leave("room")
+            await joining
+            while len(asyncio.all_tasks()) > 2:
+                await asyncio.sleep(0.001)
+
+        async def client(live: Live) -> None:
+            pass
+
+        live = Live()
+        live.play(view, client, **redis_settings(redis))
+        assert live.sent[-1]["code"] == 1000
+
+    def test_closing_a_group_cancels_a_sleeping_view_at_once(
+        self, redis: Redis
+    ) -> None:
+        """Also that of the socket which made the listener start."""
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await asyncio.sleep(3600)
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            start = time.monotonic()
+            await close_group("room")
+            await asyncio.wait([live.task for live in lives])
+            assert time.monotonic() - start < 0.5
+            await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
+
+        serve_all(2, view, client, **redis_settings(redis))
+
+    def test_a_connection_that_redis_closed_is_made_anew(self, redis: Redis) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            for number in range(3):
+                await broadcast("room", str(number))
+                kill = ("client", "kill", "type", "normal")
+                await asyncio.to_thread(redis.ask, *kill)
+            await lives[0].until(lambda: messages(lives[0]) == ["0", "1", "2"])
+            lives[0].queue.put_nowait(GONE)
+            await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
+
+        serve_all(1, member, client, **redis_settings(redis))
+
     def test_hundreds_of_broadcasts_at_once(self, redis: Redis) -> None:
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
@@ -5045,6 +5351,23 @@ def run_test(test: Any) -> None:
 async def repeating_as_error(socket: WebSocket) -> None:
     await socket.accept()
     raise ValueError(await socket.receive_text())
+
+
+def baking(get_response: Any) -> Any:
+    def middleware(request: HttpRequest) -> Any:
+        response = get_response(request)
+        response.set_cookie("flavour", "oat", max_age=60)
+        return response
+
+    return middleware
+
+
+def slowly(get_response: Any) -> Any:
+    def middleware(request: HttpRequest) -> Any:
+        time.sleep(0.5)
+        return get_response(request)
+
+    return middleware
 
 
 class TestConnect:
@@ -5370,6 +5693,187 @@ class TestConnect:
                 async with connected(repeating_as_error) as socket:
                     await socket.send_text("the view's")
                     raise LookupError("mine")
+
+        run_test(test)
+
+    @pytest.mark.parametrize("accept", [False, True])
+    def test_the_traceback_leads_to_the_view(self, accept: bool) -> None:
+        async def view(socket: WebSocket) -> None:
+            if accept:
+                await socket.accept()
+            raise ValueError("here")
+
+        async def test() -> None:
+            with pytest.raises(ValueError, match="here") as caught:
+                async with connected(view):
+                    pass
+            assert "view" in [one.name for one in caught.traceback]
+
+        run_test(test)
+
+    @pytest.mark.parametrize("accept", [False, True])
+    def test_a_view_may_fail_the_test(self, accept: bool) -> None:
+        async def view(socket: WebSocket) -> None:
+            if accept:
+                await socket.accept()
+            pytest.fail("by the view")  # is no Exception
+
+        async def test() -> None:
+            with pytest.raises(pytest.fail.Exception, match="by the view"):
+                async with connected(view):
+                    pass
+
+        run_test(test)
+
+    def test_a_view_that_sends_without_end_is_held_up(self) -> None:
+        sent = 0
+
+        async def view(socket: WebSocket) -> None:
+            nonlocal sent
+            await socket.accept()
+            while True:
+                await socket.send_text("x")
+                sent += 1
+
+        async def test() -> None:
+            async with connected(view) as socket:
+                for _ in range(100):
+                    assert await socket.receive_text() == "x"
+            assert sent < 20_000
+
+        run_test(test)
+
+    def test_who_gives_up_during_the_handshake_leaves_nothing(
+        self, quick: None
+    ) -> None:
+        async def test() -> None:
+            with pytest.raises(TimeoutError):
+                middleware = ["test_django_ws.slowly"]
+                async with connected(echo, timeout=0.01, MIDDLEWARE=middleware):
+                    pass
+            await asyncio.sleep(0.5)
+            gc.collect()  # or else: a coroutine was never awaited
+
+        run_test(test)
+
+    def test_who_is_cancelled_leaves_nothing(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(3600)
+
+        async def test() -> None:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(0.05):
+                            async with connected(view):
+                                await asyncio.sleep(3600)
+
+        run_test(test)
+
+    def test_what_a_view_does_after_refusing(self, quick: None) -> None:
+        async def raises(socket: WebSocket) -> None:
+            await socket.close()
+            raise ValueError("later")
+
+        async def hangs(socket: WebSocket) -> None:
+            await socket.close()
+            await asyncio.sleep(3600)
+
+        async def test() -> None:
+            with pytest.raises(ValueError, match="later"):
+                async with connected(raises):
+                    pass
+            with pytest.raises(TimeoutError, match="hangs > sleep"):
+                async with connected(hangs, timeout=0.1):
+                    pass
+
+        run_test(test)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"headers": {"Host": "a.example.com"}},
+            {"client": Client(HTTP_HOST="a.example.com")},
+            {"client": Client(SERVER_NAME="a.example.com")},
+            {"client": AsyncClient(headers={"host": "a.example.com"})},
+            {"path_": "ws://a.example.com/ws/"},
+            {"path_": "wss://a.example.com/ws/"},
+        ],
+    )
+    def test_the_origin_is_the_hosts(self, options: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_text(socket.build_absolute_uri("/"))
+
+        async def test() -> None:
+            async with connected(view, **options) as socket:
+                scheme = "https" if "wss" in str(options) else "http"
+                assert await socket.receive_text() == f"{scheme}://a.example.com/"
+
+        run_test(test)
+
+    def test_headers_are_any_values(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            names = ("X-Number", "X-Empty", "X-Other", "Upgrade")
+            await socket.send_json([socket.headers.get(name) for name in names])
+
+        async def test() -> None:
+            headers: Any = {"X-Number": 5, "X-Empty": "", "X-Other": None}
+            async with connected(view, headers=headers) as socket:
+                assert await socket.receive_json() == ["5", "", None, "websocket"]
+
+        run_test(test)
+
+    def test_without_a_limit(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(0.05)
+            await socket.send_text("late")
+
+        async def test() -> None:
+            async with connected(view, timeout=None) as socket:
+                assert await socket.receive_text() == "late"
+
+        run_test(test)
+
+    def test_the_answers_cookies(self) -> None:
+        async def test() -> None:
+            client = AsyncClient()
+            middleware = ["test_django_ws.baking"]
+            async with connected(echo, client=client, MIDDLEWARE=middleware) as socket:
+                assert socket.cookies["flavour"].value == "oat"
+            assert client.cookies["flavour"].value == "oat"
+            async with connected(echo, MIDDLEWARE=middleware) as socket:
+                assert socket.cookies["flavour"]["max-age"] == "60"
+
+        run_test(test)
+
+    def test_a_redirection_can_be_asserted(self) -> None:
+        async def view(socket: Any) -> HttpResponse:
+            return redirect("/login/")
+
+        async def test() -> None:
+            with pytest.raises(WebSocketDenied, match="302 Found") as caught:
+                async with connected(view):
+                    pass
+            SimpleTestCase().assertRedirects(
+                caught.value.response, "/login/", fetch_redirect_response=False
+            )
+
+        run_test(test)
+
+    def test_propagated_exceptions(self) -> None:
+        async def test() -> None:
+            options: Any = {"DEBUG_PROPAGATE_EXCEPTIONS": True}
+            with pytest.raises(ValueError, match="boom"):
+                async with connected(repeating_as_error, **options) as socket:
+                    await socket.send_text("boom")
+            denied = raising(PermissionDenied(), accept=True)
+            async with connected(denied, **options) as socket:
+                with pytest.raises(WebSocketDisconnect, match="1008"):
+                    await socket.receive_text()
 
         run_test(test)
 
