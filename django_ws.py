@@ -1812,9 +1812,9 @@ class _Client(_End):
     """The client's end of a WebSocket, for tests; `connect` makes it.
 
     Of the answer to the handshake it has `subprotocol` (str or None), `headers` (a
-    mapping that ignores case) and `cookies`. It receives and sends as `WebSocket` does,
-    but waits for `timeout` seconds at most, and then raises `TimeoutError`; what the
-    view raised is raised here, too.
+    mapping that ignores case) and `cookies` (http.cookies.SimpleCookie). It receives
+    and sends as `WebSocket` does, but waits for `timeout` seconds at most, and then
+    raises `TimeoutError`; what the view raised is raised here, too.
     """
 
     _message = "websocket.receive"
@@ -1824,6 +1824,8 @@ class _Client(_End):
         self.timeout = timeout
         self.subprotocol: str | None = None
         self._answer = http.HttpResponse()
+        self.headers: abc.Mapping[str, str] = self._answer.headers
+        self.cookies = self._answer.cookies
         self._state = "connecting"
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
         self._errors = errors
@@ -1835,16 +1837,6 @@ class _Client(_End):
 
     def __repr__(self) -> str:
         return f"<the client's end of {self.scope['path']!r}>"
-
-    @property
-    def headers(self) -> abc.Mapping[str, str]:
-        """The headers of the answer, without cookies (a mapping that ignores case)."""
-        return self._answer.headers
-
-    @property
-    def cookies(self) -> Any:
-        """The cookies of the answer (http.cookies.SimpleCookie)."""
-        return self._answer.cookies
 
     async def _run(self, application: Application) -> None:
         """Be the server."""
