@@ -1199,8 +1199,8 @@ async def broadcast(group: str, message: Any) -> None:
     str goes out as text, bytes-like as binary, anything else as JSON, as `send_json`
     writes it; it is encoded once. From synchronous code: `async_to_sync(broadcast)(…)`.
     A client that reads more slowly than WEBSOCKETS["OUTBOX"] messages allow is waited
-    for, a quarter of a second in all, and then closed with 1013; neither that nor any
-    other trouble of a member raises anything here.
+    for, a quarter of a second and then a hundredth of the time, and else closed with
+    1013; neither that nor any other trouble of a member raises anything here.
 
     Cancelling it is safe, though some members may have got the message.
 
