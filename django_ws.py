@@ -456,8 +456,9 @@ class WebSocket(_End):
         self._woken = False
         self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        # How many tasks are sending, the groups that it is in, and what these sent.
-        self._sending = 0
+        # How often the view began to send and was done with it; the groups that it is
+        # in, and what these send.
+        self._begun = self._done = 0
         self._groups: set[str] | None = None
         self._outbox: _Outbox | None = None
 
@@ -518,9 +519,8 @@ class WebSocket(_End):
         if self._connect is not None:
             event, self._connect = self._connect, None
             return event
-        self._receiver = task = asyncio.current_task()
-        assert task is not None
-        cancelling = task.cancelling()
+        task: Any = asyncio.current_task()
+        self._receiver, cancelling = task, task.cancelling()
         try:
             if self._ahead is not None:
                 await asyncio.wait([self._ahead])  # cancelling this leaves it alone
@@ -554,11 +554,14 @@ class WebSocket(_End):
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self.WATCH, self._look)
 
-    def _look(self) -> None:
-        """See after a view that did not wait for its client just now."""
+    def _unwatch(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _look(self) -> None:
+        """See after a view that did not wait for its client just now."""
+        self._unwatch()
         if self._state == "closed":
             if not self._told and self._task is not None:
                 self._cancel(self._task)
@@ -609,7 +612,7 @@ class WebSocket(_End):
                 self._receiver.cancel()
             elif (
                 asyncio.current_task() is not self._task
-                and not self._sending
+                and self._begun == self._done
                 and not (self._outbox and self._outbox.awaited)
             ):
                 self._look()  # else it hears of it, or is looked after in a second
@@ -629,9 +632,7 @@ class WebSocket(_End):
     def _stop(self) -> None:
         """Leave nothing behind when the view has ended."""
         self._task = self._hearer = self._view = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._unwatch()
         if self._ahead is not None:
             self._ahead.cancel()
         for group in self._groups or ():
@@ -658,8 +659,12 @@ class WebSocket(_End):
             if not await self._outbox.send(event):
                 raise self._disconnect()
             return
-        self._sending += 1
+        self._begun += 1
         try:
+            if not self._begun & 1023:
+                # The turn of others. A server's send need not wait, least of all when
+                # its client has gone: a view that only sends would stop the process.
+                await asyncio.sleep(0)
             await self._send(event)
         except (OSError, RuntimeError) as error:
             # OSError is what a server raises when the client has gone (ASGI 2.4), and
@@ -672,7 +677,7 @@ class WebSocket(_End):
                 self._state = "connecting"  # no answer to the handshake went out
             raise
         finally:
-            self._sending -= 1
+            self._done += 1
             if self._outbox is not None:
                 self._outbox.changed.set()
         if self._refuse is not None:  # that was the answer
@@ -829,7 +834,8 @@ class _Outbox:
     async def drain(self) -> None:
         """Send all that waits, as fast as the client reads."""
         try:
-            while self.socket._sending:  # not at the same time as the view
+            # Not at the same time as the view.
+            while self.socket._begun != self.socket._done:
                 self.changed.clear()
                 await self.changed.wait()
             while self.events:
@@ -1068,11 +1074,15 @@ class _RedisGroups(_Groups):
             finally:
                 await pubsub.aclose()
         self.listener = None
-        for future in chain(self.joining, *self.pings):
-            if not future.done():
-                future.set_result(None)  # for whoever has left before it was confirmed
+        self.confirm(chain(self.joining, *self.pings))  # whoever left before
         for client in (self.client, self.subscriber):
             await client.connection_pool.disconnect(inuse_connections=False)
+
+    def confirm(self, joining: abc.Iterable[asyncio.Future[None]]) -> None:
+        """Let those who join go on, but for who has given up."""
+        for future in joining:
+            if not future.done():
+                future.set_result(None)
 
     async def subscribe(self, pubsub: Any) -> None:
         """Let Redis send what the groups that have sockets here get, and no more.
@@ -1112,9 +1122,7 @@ class _RedisGroups(_Groups):
             if self.down:
                 _logger.warning("Redis is back: groups work again")
                 self.down = False
-            for future in self.pings.popleft():
-                if not future.done():
-                    future.set_result(None)
+            self.confirm(self.pings.popleft())
         elif message["type"] == "message":
             channel = message["channel"].decode("utf-8", "surrogatepass")
             group = channel.removeprefix(f"{self.prefix}:")

@@ -2472,6 +2472,28 @@ class TestGoneIsGone:
             assert ended.wait(1.5)
         assert quiet(caplog)
 
+    def test_a_view_that_only_sends_stops_nobody(self, ws: str) -> None:
+        """A server's send need not wait, least of all when the client has gone."""
+        ended = threading.Event()
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            try:
+                while True:
+                    await socket.send_text("x" * 10_000)
+            finally:
+                ended.set()
+
+        with serve(view, ws=ws) as server, contextlib.ExitStack() as stack:
+            client = stack.enter_context(server.dial())
+            for _ in range(50):
+                client.recv(10)
+            linger = struct.pack("ii", 1, 0)
+            client.socket.setsockopt(sockets.SOL_SOCKET, sockets.SO_LINGER, linger)
+            os.close(client.socket.detach())
+            assert ended.wait(5)
+            assert server.get("/nowhere/").status == 404
+
     def test_a_view_that_swallows_the_cancellation_may_go_on(
         self, quick: None, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -5168,6 +5190,25 @@ class TestRedisHere:
         live.play(view, client, **redis_settings(redis))
         assert live.sent[1]["text"] == "here"
 
+    def test_a_join_that_was_given_up(self, redis: Redis) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await socket.join("room")
+            await socket.join("other")
+            await broadcast("room", "it is a member even so")
+            await asyncio.wait_for(socket.receive_text(), 10)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) == 2)
+            live.queue.put_nowait(GONE)
+            await live.until(lambda: len(asyncio.all_tasks()) == 1)
+
+        live = Live()
+        live.play(view, client, **redis_settings(redis))
+        assert messages(live) == []  # the first is left out there
+
     def test_leaving_while_another_task_joins(self, redis: Redis) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
@@ -5747,15 +5788,28 @@ class TestConnect:
     def test_who_gives_up_during_the_handshake_leaves_nothing(
         self, quick: None
     ) -> None:
+        made: list[Any] = []
+
+        def view(socket: WebSocket) -> Any:
+            coroutine = echo(socket)
+            made.append(weakref.ref(coroutine))
+            return coroutine
+
         async def test() -> None:
             with pytest.raises(TimeoutError):
-                middleware = ["test_django_ws.slowly"]
-                async with connected(echo, timeout=0.01, MIDDLEWARE=middleware):
+                async with connect(websockets(no_http), "/ws/", timeout=0.01):
                     pass
-            await asyncio.sleep(0.5)
+            while not made or made[0]() is not None:
+                await asyncio.sleep(0.01)
             gc.collect()  # or else: a coroutine was never awaited
 
-        run_test(test)
+        functools.update_wrapper(view, echo)
+        settings_ = {
+            "MIDDLEWARE": ["test_django_ws.slowly"],
+            "ROOT_URLCONF": urlconf(websocket("ws/", view)),
+        }
+        with override_settings(**settings_):
+            run_test(test)
 
     def test_who_is_cancelled_leaves_nothing(self) -> None:
         async def view(socket: WebSocket) -> None:
@@ -6867,8 +6921,8 @@ def readme_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
-def readme_project(directory: pathlib.Path) -> list[str]:
-    """Make the project of README's blocks; return the sessions of two users."""
+@functools.cache
+def make_readme_project(directory: pathlib.Path) -> list[str]:
     project = start_project(directory)
     (project / "urls.py").unlink()
     for block in readme_blocks("python"):
@@ -6894,6 +6948,15 @@ def readme_project(directory: pathlib.Path) -> list[str]:
         capture_output=True,
         text=True,
     ).stdout.split()
+
+
+def readme_project(directory: pathlib.Path) -> list[str]:
+    """Make the project of README's blocks; return the sessions of two users."""
+    made = pathlib.Path(TEMPORARY.name) / "readme"
+    made.mkdir(exist_ok=True)
+    sessions = make_readme_project(made)
+    shutil.copytree(made, directory, dirs_exist_ok=True)
+    return sessions
 
 
 class TestReadme:
