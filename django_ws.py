@@ -842,11 +842,10 @@ class _Outbox:
                 event, future = self.events.popleft()
                 sent = False
                 try:
-                    if future is None or not future.cancelled():
+                    given_up = future is not None and future.cancelled()
+                    if not given_up or event["type"] == "websocket.close":
                         await self.socket._send(event)
-                    elif event["type"] == "websocket.close":  # the end is the end
-                        await self.socket._send(event)
-                    sent = True
+                        sent = True
                 finally:
                     self.changed.set()
                     if future is not None and not future.done():

@@ -7271,6 +7271,10 @@ class TestReadme:
             assert f"| {title} | 1.00 (" in speed
         assert "python -m pytest -m benchmark" in speed
 
+    def test_its_changes_begin_with_this_version(self) -> None:
+        changes = (HERE / "README.md").read_text().split("### Changes\n\n")[1]
+        assert changes.startswith(f"{django_ws.__version__} (")
+
     def test_the_licence(self) -> None:
         assert "SPDX-License-Identifier: MIT" in (HERE / "django_ws.py").read_text()
         assert "MIT License" in (HERE / "README.md").read_text()
