@@ -522,14 +522,15 @@ class WebSocket(_End):
         task: Any = asyncio.current_task()
         self._receiver, cancelling = task, task.cancelling()
         try:
-            if self._ahead is not None:
-                await asyncio.wait([self._ahead])  # cancelling this leaves it alone
-                ahead, self._ahead = self._ahead, None
+            ahead = self._ahead
+            if self._state == "closed" and (ahead is None or not ahead.done()):
+                raise self._disconnect()
+            if ahead is not None:
+                await asyncio.wait([ahead])  # cancelling this leaves it alone
+                self._ahead = None
                 if ahead.cancelled():  # the view has ended, this is a task it left
                     raise self._disconnect()
                 event = ahead.result()
-            elif self._state == "closed":
-                raise self._disconnect()
             else:
                 event = await self._receive()
         except asyncio.CancelledError:
@@ -611,7 +612,7 @@ class WebSocket(_End):
                 self._woken = True
                 self._receiver.cancel()
             elif (
-                asyncio.current_task() is not self._task
+                _current.get(None) is not self._lease  # it is not the view's own doing
                 and self._begun == self._done
                 and not (self._outbox and self._outbox.awaited)
             ):
@@ -655,7 +656,7 @@ class WebSocket(_End):
         """
         if self._state != "open" or event["type"] != "websocket.send":
             self._check(event)
-        if self._outbox is not None and self._outbox.task is not None:
+        if self._outbox is not None and self._outbox.busy:
             if not await self._outbox.send(event):
                 raise self._disconnect()
             return
@@ -818,6 +819,7 @@ class _Outbox:
         self.socket = socket
         # Each with the future that a view waits for which sent it by itself.
         self.events: deque[tuple[Event, asyncio.Future[bool] | None]] = deque()
+        self.busy = False
         self.task: asyncio.Task[None] | None = None
         self.awaited = 0  # by how many tasks
         self.changed = asyncio.Event()  # something was sent
@@ -826,10 +828,11 @@ class _Outbox:
     def push(self, event: Event, future: asyncio.Future[bool] | None = None) -> None:
         """Send an event after those before it."""
         self.events.append((event, future))
-        if self.task is None:
+        if not self.busy:
+            self.busy = True
             loop = asyncio.get_running_loop()
             task = asyncio.Task(self.drain(), loop=loop, **self.EAGER)
-            self.task = None if task.done() else task
+            self.task = task if self.busy else None
 
     async def drain(self) -> None:
         """Send all that waits, as fast as the client reads."""
@@ -842,22 +845,21 @@ class _Outbox:
                 event, future = self.events.popleft()
                 sent = False
                 try:
-                    given_up = future is not None and future.cancelled()
-                    if not given_up or event["type"] == "websocket.close":
-                        await self.socket._send(event)
-                        sent = True
+                    await self.socket._send(event)
+                    sent = True
                 finally:
                     self.changed.set()
                     if future is not None and not future.done():
                         future.set_result(sent)
         except (Exception, asyncio.CancelledError) as error:
-            if not isinstance(error, (OSError, RuntimeError)):
-                if self.socket._state == "open":
+            task: Any = asyncio.current_task()
+            if not task.cancelling():  # by end()
+                if not isinstance(error, (OSError, RuntimeError)):
                     _logger.error("A message to a group was not sent", exc_info=error)
-            self.socket._end_from_outside(CloseCode.ABNORMAL_CLOSURE, "")
+                self.socket._end_from_outside(CloseCode.ABNORMAL_CLOSURE, "")
         finally:
             self.drop()
-            self.task = None
+            self.busy, self.task = False, None
 
     def drop(self) -> None:
         """Send nothing of what waits."""
@@ -874,6 +876,11 @@ class _Outbox:
         self.awaited += 1
         try:
             return await future
+        except asyncio.CancelledError:
+            if event["type"] != "websocket.close":  # the end is the end
+                with suppress(ValueError):  # it is being sent
+                    self.events.remove((event, future))
+            raise
         finally:
             self.awaited -= 1
 
@@ -912,7 +919,7 @@ class _Outbox:
             finally:
                 task.cancel()
                 self.drop()
-                self.task = None
+                self.busy, self.task = False, None
 
 
 class _Group(set[WebSocket]):
@@ -953,7 +960,8 @@ class _Groups:
         """Send an event to the group's sockets, whichever loop they are on."""
         for loop, groups in list(self.loops.items()):
             if loop is asyncio.get_running_loop():
-                await groups.deliver(group, event)
+                # Whole, also where the client of the view that broadcasts leaves now.
+                await asyncio.shield(groups.deliver(group, event))
             elif loop.is_running():
                 delivery = groups.deliver(group, event)
                 future = asyncio.run_coroutine_threadsafe(delivery, loop)
@@ -974,11 +982,8 @@ class _Groups:
                     if close:  # at once, also for a client that does not read
                         socket._end_from_outside(event["code"], event["reason"])
                     outbox.push(event)
-                    if outbox.task is not None and not close:
-                        if outbox.count() > 2 * self.limit:
-                            outbox.overflow()  # nobody waited for room
-                        elif outbox.count() >= self.limit:
-                            full.append(outbox)
+                    if outbox.busy and not close and outbox.count() >= self.limit:
+                        full.append(outbox)
                 self.pushes += 1
                 if self.pushes % 100 == 0:
                     await asyncio.sleep(0)  # the turn of the sockets outside the group
@@ -1037,7 +1042,9 @@ class _RedisGroups(_Groups):
         self.changed.add(group)
         self.wake.set()
         if self.listener is None:
-            self.listener = loop.create_task(self.listen())
+            # Not the view's own doing: without its context.
+            context = contextvars.Context()
+            self.listener = loop.create_task(self.listen(), context=context)
         await confirmed
 
     def leave(self, group: str, socket: WebSocket) -> None:
@@ -1593,8 +1600,7 @@ class WebSocketHandler(asgi.ASGIHandler):
         result, response.result = response.result, None
         del response, refuse  # an idle socket has no use for them
         result = await self.run_view(socket, result)
-        if socket._outbox is not None:  # what was broadcast before the end
-            await socket._outbox.end(self.FLUSH)
+        await self.flush(socket)
         if socket._refuse is None:
             await socket.close()
         elif socket._state == "closed":
@@ -1608,6 +1614,11 @@ class WebSocketHandler(asgi.ASGIHandler):
                 await socket._refuse(result)
             finally:
                 del result  # an exception, whose traceback leads back to this frame
+
+    async def flush(self, socket: WebSocket) -> None:
+        """Send what was broadcast before the view's end."""
+        if socket._outbox is not None:
+            await socket._outbox.end(self.FLUSH)
 
     async def run_view(self, socket: WebSocket, result: Any) -> Any:
         """Await a view; return what refuses the handshake where it did not accept."""
@@ -1636,6 +1647,7 @@ class WebSocketHandler(asgi.ASGIHandler):
         finally:
             _current.reset(token)
         try:
+            await self.flush(socket)
             return await self.handle_exception(socket, error)
         finally:
             del error, result  # the traceback has this frame
@@ -2016,15 +2028,20 @@ async def connect(
     task = asyncio.create_task(socket._run(application))
     try:
         try:
-            await socket._handshake()
-            yield socket
-        except WebSocketDenied as error:
-            denied = error
+            try:
+                await socket._handshake()
+            except WebSocketDenied as error:
+                denied = error
+            else:
+                yield socket
         finally:
             await socket.close()
             # A view that waits for something else is cancelled after a while.
             seconds = None if timeout is None else timeout + WebSocket.WATCH
             await asyncio.wait([task], timeout=seconds)
+    except WebSocketDisconnect:
+        socket._raise_error()  # what it ended for
+        raise
     finally:
         signals.got_request_exception.disconnect(socket._store_error)
         if not task.done():

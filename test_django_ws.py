@@ -3785,9 +3785,11 @@ class TestPostgres:
 # Groups
 
 
-def serve_all(count: int, view: Any, client: Any, **overrides: Any) -> list[Live]:
+def serve_all(
+    count: int, view: Any, client: Any, kind: type[Live] = Live, **overrides: Any
+) -> list[Live]:
     """Serve `count` connections by `view` on one loop while `client(lives)` runs."""
-    lives = [Live() for _ in range(count)]
+    lives = [kind() for _ in range(count)]
 
     async def main() -> None:
         application: Any = websockets(no_http)
@@ -4002,9 +4004,11 @@ class TestGroups:
 
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
+            sending = asyncio.create_task(broadcast("room", "x"))
+            await asyncio.sleep(0)  # it takes three turns of the loop from now on
             for live in lives:
                 live.queue.put_nowait(text("leave"))
-            await broadcast("room", "x")  # takes three turns of the loop
+            await sending
             assert len(left) == 250
             assert 0 < sum(messages(live) == ["x"] for live in lives) < 250
             await close_group("room")
@@ -4148,6 +4152,69 @@ class TestCloseGroup:
         end = {"reads": (4001, "logged out"), "sleeps": "cancelled"}.get(what, child)
         assert ends == [end] * 3
 
+    @pytest.mark.parametrize("ahead", [False, True])
+    def test_a_member_that_closes_its_group_closes_all_of_it(self, ahead: bool) -> None:
+        """Though its own client has gone when it comes to the others."""
+        steps: list[str] = []
+
+        class Answering(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                await super().send(event)
+                if event["type"] == "websocket.close":
+                    self.queue.put_nowait(GONE)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            if await socket.receive_text() == "you":
+                if ahead:
+                    await asyncio.sleep(0.1)  # it is read ahead
+                await close_group("room", 4006)
+                async for _ in socket:
+                    pass
+                steps.append("ended")
+            await socket.receive_text()
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            lives[0].queue.put_nowait(text("you"))
+            await asyncio.wait([live.task for live in lives])
+
+        watch, WebSocket.WATCH = WebSocket.WATCH, 0.05
+        try:
+            lives = serve_all(250, view, client, Answering)
+        finally:
+            WebSocket.WATCH = watch
+        assert all(live.sent[-1].get("code") == 4006 for live in lives)
+        assert steps == ([] if ahead else ["ended"])  # else it was cancelled
+
+    def test_a_sender_whose_own_send_fails_reaches_the_others(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            async for message in socket.iter_text():
+                await broadcast("room", message)
+
+        class Failing(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event.get("text") == "x" and self is lives[0]:
+                    raise OSError("gone")
+                await super().send(event)
+
+        lives: list[Live] = []
+
+        async def client(all_: list[Live]) -> None:
+            lives.extend(all_)
+            await all_joined(lives)
+            lives[0].queue.put_nowait(text("x"))
+            await lives[1].until(lambda: sum(map(len, map(messages, lives))) == 249)
+            for live in lives:
+                live.queue.put_nowait(GONE)
+
+        serve_all(250, view, client, Failing)
+
     def test_a_cancellation_from_before_is_not_swallowed(self) -> None:
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
@@ -4183,7 +4250,9 @@ class TestCloseGroup:
 
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
-            await close_group("room")
+            groups = django_ws._Groups.loops[asyncio.get_running_loop()]
+            close = {"type": SendEvent.CLOSE, "code": 1000, "reason": ""}
+            await groups.deliver("room", close)  # as close_group() does
             lives[0].task.cancel()
             await asyncio.wait([lives[0].task])
 
@@ -4657,14 +4726,98 @@ class TestOutbox:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0):
                         await broadcast("room", "x")
-            assert socket._outbox is None or len(socket._outbox.events) <= 10
+            assert socket._outbox and len(socket._outbox.events) <= 10
             slow.reads.set()
-            await asyncio.wait([slow.task])
+            await slow.until(lambda: len(messages(slow)) == 100)
+            slow.queue.put_nowait(GONE)
 
-        assert (
-            serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5}).sent[-1]["code"]
-            == 1013
-        )
+        serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5})
+
+    def test_messages_that_were_given_up_take_no_room(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            await broadcast("room", "a")
+            for _ in range(20):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0):
+                        await socket.send_text("given up")
+            await broadcast("room", "b")
+            slow.reads.set()
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Slow()
+        slow.play(view, client, WEBSOCKETS={"OUTBOX": 5})
+        assert messages(slow) == ["a", "b"]
+
+    def test_one_socket_in_many_groups(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            for number in range(50):
+                await socket.join(f"group {number}")
+            await socket.receive_text()
+
+        class OneByOne(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                await asyncio.sleep(0)
+                await super().send(event)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            groups = [f"group {number}" for number in range(50)]
+            await asyncio.gather(*(broadcast(group, group) for group in groups))
+            await live.until(lambda: len(live.sent) == 51)
+            live.queue.put_nowait(GONE)
+
+        OneByOne().play(view, client, WEBSOCKETS={"OUTBOX": 5})
+
+    def test_a_broadcast_by_the_servers_send_comes_after(self) -> None:
+        class Nesting(Slow):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event.get("text") == "a":
+                    await broadcast("room", "nested")
+                await super().send(event)
+
+        async def client(slow: Any) -> None:
+            await slow.until(lambda: len(slow.sent) > 1)
+            await asyncio.gather(*(broadcast("room", one) for one in "abc"))
+            await slow.until(lambda: len(messages(slow)) == 4)
+            slow.queue.put_nowait(GONE)
+
+        slow = Nesting()
+        slow.play(member, client)
+        assert messages(slow)[0] == "a"
+
+    @pytest.mark.parametrize("how", ["returns", "raises"])
+    def test_a_view_that_ends_waits_only_so_long(
+        self, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        monkeypatch.setattr(django_ws.WebSocketHandler, "FLUSH", 0.05)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            await socket.receive_text()
+            slow.reads.clear()
+            await broadcast("room", "a")
+            await broadcast("room", "b")
+            asyncio.get_running_loop().call_later(0.5, slow.reads.set)
+            if how == "raises":
+                raise ValueError
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        slow = Slow()
+        slow.play(view, client)
+        assert messages(slow) == []  # and the end, as soon as the server takes it
+        assert slow.sent[-1]["code"] == (1011 if how == "raises" else 1000)
 
     def test_the_servers_send_sees_what_happens_to_what_it_waits_for(self) -> None:
         handled: list[str] = []
@@ -5929,6 +6082,29 @@ class TestConnect:
             async with connected(denied, **options) as socket:
                 with pytest.raises(WebSocketDisconnect, match="1008"):
                     await socket.receive_text()
+
+        run_test(test)
+
+    def test_the_views_error_is_why_it_closed(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.close(4001)
+            raise ValueError("why")
+
+        async def test() -> None:
+            with pytest.raises(ValueError, match="why"):
+                async with connected(view) as socket:
+                    await socket.receive_text()
+
+        run_test(test)
+
+    def test_a_denial_of_the_blocks_own(self) -> None:
+        async def test() -> None:
+            with pytest.raises(WebSocketDenied, match="403"):
+                async with connected(repeating_as_error) as socket:
+                    await socket.send_text("the view's")
+                    async with connected(closing):
+                        pass
 
         run_test(test)
 
