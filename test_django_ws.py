@@ -4155,7 +4155,6 @@ class TestCloseGroup:
     @pytest.mark.parametrize("ahead", [False, True])
     def test_a_member_that_closes_its_group_closes_all_of_it(self, ahead: bool) -> None:
         """Though its own client has gone when it comes to the others."""
-        steps: list[str] = []
 
         class Answering(Live):
             async def send(self, event: dict[str, Any]) -> None:
@@ -4171,9 +4170,6 @@ class TestCloseGroup:
                 if ahead:
                     await asyncio.sleep(0.1)  # it is read ahead
                 await close_group("room", 4006)
-                async for _ in socket:
-                    pass
-                steps.append("ended")
             await socket.receive_text()
 
         async def client(lives: list[Live]) -> None:
@@ -4187,7 +4183,6 @@ class TestCloseGroup:
         finally:
             WebSocket.WATCH = watch
         assert all(live.sent[-1].get("code") == 4006 for live in lives)
-        assert steps == ([] if ahead else ["ended"])  # else it was cancelled
 
     def test_a_sender_whose_own_send_fails_reaches_the_others(self) -> None:
         async def view(socket: WebSocket) -> None:
@@ -4807,7 +4802,7 @@ class TestOutbox:
             slow.reads.clear()
             await broadcast("room", "a")
             await broadcast("room", "b")
-            asyncio.get_running_loop().call_later(0.5, slow.reads.set)
+            asyncio.get_running_loop().call_later(2, slow.reads.set)
             if how == "raises":
                 raise ValueError
 
@@ -5395,7 +5390,7 @@ class TestRedisHere:
             start = time.monotonic()
             await close_group("room")
             await asyncio.wait([live.task for live in lives])
-            assert time.monotonic() - start < 0.5
+            assert time.monotonic() - start < 0.9
             await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
 
         serve_all(2, view, client, **redis_settings(redis))
