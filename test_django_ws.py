@@ -6084,6 +6084,7 @@ class TestConnect:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
             await socket.close(4001)
+            await asyncio.sleep(0.1)  # the client has seen the close by then
             raise ValueError("why")
 
         async def test() -> None:
