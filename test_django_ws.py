@@ -6091,6 +6091,9 @@ class TestConnect:
             with pytest.raises(ValueError, match="why"):
                 async with connected(view) as socket:
                     await socket.receive_text()
+            with pytest.raises(WebSocketDisconnect, match="1000"):
+                async with connected(accepting) as socket:
+                    await socket.receive_text()
 
         run_test(test)
 
