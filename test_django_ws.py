@@ -6093,6 +6093,7 @@ class TestConnect:
                     await socket.receive_text()
             with pytest.raises(WebSocketDisconnect, match="1000"):
                 async with connected(accepting) as socket:
+                    await socket.receive_json()
                     await socket.receive_text()
 
         run_test(test)
