@@ -858,7 +858,8 @@ class _Outbox:
                     _logger.error("A message to a group was not sent", exc_info=error)
                 self.socket._end_from_outside(CloseCode.ABNORMAL_CLOSURE, "")
         finally:
-            self.drop()
+            if self.events:
+                self.drop()
             self.busy, self.task = False, None
 
     def drop(self) -> None:
@@ -985,7 +986,7 @@ class _Groups:
                     if outbox.busy and not close and outbox.count() >= self.limit:
                         full.append(outbox)
                 self.pushes += 1
-                if self.pushes % 100 == 0:
+                if self.pushes % 250 == 0:
                     await asyncio.sleep(0)  # the turn of the sockets outside the group
             if full:  # all at once: none waits for another's sake
                 await asyncio.gather(*[one.make_room(self.limit) for one in full])
@@ -1161,9 +1162,7 @@ class _RedisGroups(_Groups):
         except RedisTimeoutError as error:
             raise RedisConnectionError("Redis does not answer") from error
         finally:
-            if (
-                self.listener is None
-            ):  # a process, or a loop of a moment, without sockets
+            if self.listener is None:  # a process, or a loop, without sockets
                 await self.client.connection_pool.disconnect(inuse_connections=False)
 
 
@@ -1727,10 +1726,8 @@ class WebSocketHandler(asgi.ASGIHandler):
         if response.status_code >= 400:
             message = "%s: %s", response.reason_phrase, request.path
             log_response(*message, response=response, request=request)
-        if isinstance(
-            result, Exception
-        ):  # without this frame, which would make a cycle
-            result.__traceback__ = traceback
+        if isinstance(result, Exception):
+            result.__traceback__ = traceback  # without this frame: no cycle
         return response
 
     async def handle_exception(

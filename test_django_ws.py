@@ -4005,17 +4005,17 @@ class TestGroups:
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
             sending = asyncio.create_task(broadcast("room", "x"))
-            await asyncio.sleep(0)  # it takes three turns of the loop from now on
+            await asyncio.sleep(0)  # it takes three turns of the loop, from now on
             for live in lives:
                 live.queue.put_nowait(text("leave"))
             await sending
-            assert len(left) == 250
-            assert 0 < sum(messages(live) == ["x"] for live in lives) < 250
+            assert len(left) == 400
+            assert 0 < sum(messages(live) == ["x"] for live in lives) < 400
             await close_group("room")
             for live in lives:
                 live.queue.put_nowait(GONE)
 
-        for live in serve_all(250, view, client):
+        for live in serve_all(400, view, client):
             assert live.sent[-1]["type"] == "websocket.send"
 
     @pytest.mark.parametrize("how", ["broadcasts", "closes its group"])
