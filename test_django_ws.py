@@ -2395,6 +2395,16 @@ class Live(Drive):
                 await asyncio.sleep(0.001)
 
 
+async def client_leaves(live: Live) -> None:
+    """The client leaves as soon as it has an answer."""
+    await live.until(lambda: live.sent)
+    live.queue.put_nowait(GONE)
+
+
+async def client_waits(live: Live) -> None:
+    """The client does nothing but what was put into its queue before."""
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look after busy views sooner than after a second."""
@@ -2508,12 +2518,8 @@ class TestGoneIsGone:
             await asyncio.sleep(0.2)
             steps.append("ended")
 
-        async def client(live: Live) -> None:
-            await live.until(lambda: live.sent)
-            live.queue.put_nowait(GONE)
-
         live = Live()
-        live.play(view, client)
+        live.play(view, client_leaves)
         assert steps == ["cancelled", "ended"]
         assert not live.task.cancelled()
         assert quiet(caplog)
@@ -2528,12 +2534,8 @@ class TestGoneIsGone:
             finally:
                 raise ValueError("cleanup")
 
-        async def client(live: Live) -> None:
-            await live.until(lambda: live.sent)
-            live.queue.put_nowait(GONE)
-
         live = Live()
-        live.play(view, client)
+        live.play(view, client_leaves)
         assert live.task.exception() is None
         assert not live.task.cancelling()
         [record] = caplog.records
@@ -2641,11 +2643,8 @@ class TestGoneIsGone:
         async def view(socket: WebSocket) -> None:
             await socket.close()
 
-        async def client(live: Live) -> None:
-            pass
-
         slow = Slow()
-        assert slow.play(view, client) == [{"type": "websocket.close"}]
+        assert slow.play(view, client_waits) == [{"type": "websocket.close"}]
         assert slow.task.exception() is None
         assert [record.getMessage() for record in caplog.records] == ["Forbidden: /ws/"]
 
@@ -2784,11 +2783,7 @@ class TestGoneIsGone:
             await asyncio.sleep(0.2)
             steps.append("saved")
 
-        async def client(live: Live) -> None:
-            await live.until(lambda: live.sent)
-            live.queue.put_nowait(GONE)
-
-        Live().play(view, client)
+        Live().play(view, client_leaves)
         assert steps == ["saved"]
 
     def test_so_may_the_task_itself(self, quick: None) -> None:
@@ -2809,11 +2804,7 @@ class TestGoneIsGone:
             finally:
                 steps.append("ended")
 
-        async def client(live: Live) -> None:
-            await live.until(lambda: live.sent)
-            live.queue.put_nowait(GONE)
-
-        Live().play(view, client)
+        Live().play(view, client_leaves)
         assert steps == ["saved", "ended"]
 
     def test_but_not_for_ever(
@@ -2831,11 +2822,7 @@ class TestGoneIsGone:
             finally:
                 steps.append("cancelled")
 
-        async def client(live: Live) -> None:
-            await live.until(lambda: live.sent)
-            live.queue.put_nowait(GONE)
-
-        Live().play(view, client)
+        Live().play(view, client_leaves)
         assert steps == ["cancelled"]
 
     def test_a_task_left_behind_does_not_keep_the_view(self, quick: None) -> None:
@@ -2851,11 +2838,7 @@ class TestGoneIsGone:
                     await task
                 steps.append("child")
 
-        async def client(live: Live) -> None:
-            await live.until(lambda: live.sent)
-            live.queue.put_nowait(GONE)
-
-        Live().play(view, client)
+        Live().play(view, client_leaves)
         assert steps == ["child"]
 
     @pytest.mark.parametrize("what", ["sends", "closes"])
@@ -2997,16 +2980,12 @@ class TestGoneIsGone:
             async with asyncio.TaskGroup() as group:
                 group.create_task(failing())
 
-        async def client(live: Live) -> None:
-            await live.until(lambda: live.sent)
-            live.queue.put_nowait(GONE)
-
         logger = logging.getLogger("django.request")
         handler = SlowHandler()
         logger.addHandler(handler)
         live = Live()
         try:
-            live.play(view, client)
+            live.play(view, client_leaves)
         finally:
             logger.removeHandler(handler)
         assert live.task.exception() is None and not live.task.cancelling()
@@ -3174,11 +3153,8 @@ class TestMessagesOfABusyView:
                 assert child.cancelled()
                 steps.append("cancelled")
 
-        async def client(live: Live) -> None:
-            pass
-
         live = Live()
-        live.play(view, client)
+        live.play(view, client_waits)
         assert steps == ["cancelled"]
 
     def test_two_tasks_may_not_receive_at_once(self) -> None:
@@ -4042,10 +4018,7 @@ class TestGroups:
                 if event.get("text") == "tick":
                     raise OSError("gone")
 
-        async def client(live: Live) -> None:
-            pass
-
-        Leaving().play(view, client)
+        Leaving().play(view, client_waits)
         assert ended == [True]
 
     def test_an_event_loop_that_stands_still_is_passed_over(self) -> None:
@@ -4259,8 +4232,7 @@ class TestCloseGroup:
         """And with that code, though its outbox is almost full."""
 
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             for number in range(1 + waiting):
                 await broadcast("room", str(number))
             await close_group("room", 4001)
@@ -4290,10 +4262,7 @@ class TestCloseGroup:
                 if event["type"] == "websocket.close":
                     await tasks[0]
 
-        async def client(live: Live) -> None:
-            pass
-
-        Slowly().play(view, client)
+        Slowly().play(view, client_waits)
         assert not django_ws._Groups.loops
 
     def test_on_the_wire(self, ws: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -4326,6 +4295,20 @@ class Slow(Live):
         await self.reads.wait()
         await super().send(event)
 
+    async def stops(self) -> None:
+        """It got what a member sends when it has joined, and reads no more."""
+        await self.until(lambda: len(self.sent) > 1)
+        self.reads.clear()
+
+    async def stuck(self, socket: WebSocket) -> None:
+        """Be a member whose client did not read what was broadcast just now."""
+        await socket.accept()
+        await socket.join("room")
+        await socket.send_text("joined")
+        await socket.receive_text()
+        self.reads.clear()
+        await broadcast("room", "a")
+
 
 def serve_slow(view: Any, client: Any, **overrides: Any) -> Slow:
     slow = Slow()
@@ -4336,8 +4319,7 @@ def serve_slow(view: Any, client: Any, **overrides: Any) -> Slow:
 class TestOutbox:
     def test_what_waits_arrives_in_order_when_the_client_reads(self) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             for number in range(50):
                 await broadcast("room", str(number))
             assert messages(slow) == []
@@ -4352,8 +4334,7 @@ class TestOutbox:
     @pytest.mark.parametrize("bound", [5, 100])
     def test_one_that_overflows_is_closed_with_1013(self, bound: int) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             # One is with the server, `bound` wait: there is no room for another.
             for number in range(bound):
                 await broadcast("room", str(number))
@@ -4379,8 +4360,7 @@ class TestOutbox:
         monkeypatch.setattr(django_ws.WebSocketHandler, "FLUSH", 0.05)
 
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             for number in range(7):
                 await broadcast("room", str(number))
             await asyncio.wait([slow.task])
@@ -4389,8 +4369,7 @@ class TestOutbox:
 
     def test_one_that_leaves_while_it_is_waited_for_is_not_closed_again(self) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             for number in range(5):
                 await broadcast("room", str(number))
             waiting = asyncio.create_task(broadcast("room", "no room"))
@@ -4405,8 +4384,7 @@ class TestOutbox:
 
     def test_a_client_that_reads_is_waited_for_a_moment(self) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             asyncio.get_running_loop().call_later(0.01, slow.reads.set)
             for number in range(1000):
                 await broadcast("room", str(number))
@@ -4418,8 +4396,7 @@ class TestOutbox:
 
     def test_a_close_waits_for_what_was_broadcast_before(self) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             await broadcast("room", "a")
             await broadcast("room", "b")
             await close_group("room", 4003)
@@ -4433,12 +4410,7 @@ class TestOutbox:
 
     def test_the_end_of_a_view_waits_for_what_was_broadcast_before(self) -> None:
         async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            await socket.join("room")
-            await socket.send_text("joined")
-            await socket.receive_text()
-            slow.reads.clear()
-            await broadcast("room", "a")
+            await slow.stuck(socket)
             await broadcast("room", "b")
             asyncio.get_running_loop().call_later(0.05, slow.reads.set)
 
@@ -4492,12 +4464,7 @@ class TestOutbox:
                 raised.append(end.code)
 
         async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            await socket.join("room")
-            await socket.send_text("joined")
-            await socket.receive_text()
-            slow.reads.clear()
-            await broadcast("room", "a")
+            await slow.stuck(socket)
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(3):
                     given_up = tasks.create_task(own(socket))
@@ -4520,12 +4487,7 @@ class TestOutbox:
         ends: list[str] = []
 
         async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            await socket.join("room")
-            await socket.send_text("joined")
-            await socket.receive_text()
-            slow.reads.clear()
-            await broadcast("room", "a")
+            await slow.stuck(socket)
             loop = asyncio.get_running_loop()
             loop.call_later(0.01, slow.reads.set)
             try:
@@ -4549,12 +4511,7 @@ class TestOutbox:
 
     def test_a_close_that_was_given_up_is_still_sent(self) -> None:
         async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            await socket.join("room")
-            await socket.send_text("joined")
-            await socket.receive_text()
-            slow.reads.clear()
-            await broadcast("room", "a")
+            await slow.stuck(socket)
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.01):
                     await socket.close(4005)
@@ -4624,8 +4581,7 @@ class TestOutbox:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             await broadcast("room", "a")
             slow.error = asyncio.CancelledError()
             slow.reads.set()
@@ -4636,8 +4592,7 @@ class TestOutbox:
 
     def test_broadcasts_at_once_wait_for_each_other(self) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             asyncio.get_running_loop().call_later(0.01, slow.reads.set)
             await asyncio.gather(*(broadcast("room", str(n)) for n in range(400)))
             await slow.until(lambda: len(messages(slow)) == 400)
@@ -4648,12 +4603,7 @@ class TestOutbox:
 
     def test_the_views_own_messages_are_no_overflow(self) -> None:
         async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            await socket.join("room")
-            await socket.send_text("joined")
-            await socket.receive_text()
-            slow.reads.clear()
-            await broadcast("room", "a")
+            await slow.stuck(socket)
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(20):
                     tasks.create_task(socket.send_text("own"))
@@ -4730,12 +4680,7 @@ class TestOutbox:
 
     def test_messages_that_were_given_up_take_no_room(self) -> None:
         async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            await socket.join("room")
-            await socket.send_text("joined")
-            await socket.receive_text()
-            slow.reads.clear()
-            await broadcast("room", "a")
+            await slow.stuck(socket)
             for _ in range(20):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0):
@@ -4795,12 +4740,7 @@ class TestOutbox:
         monkeypatch.setattr(django_ws.WebSocketHandler, "FLUSH", 0.05)
 
         async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            await socket.join("room")
-            await socket.send_text("joined")
-            await socket.receive_text()
-            slow.reads.clear()
-            await broadcast("room", "a")
+            await slow.stuck(socket)
             await broadcast("room", "b")
             asyncio.get_running_loop().call_later(2, slow.reads.set)
             if how == "raises":
@@ -4842,8 +4782,7 @@ class TestOutbox:
 
     def test_a_failure_while_something_waits(self) -> None:
         async def client(slow: Any) -> None:
-            await slow.until(lambda: len(slow.sent) > 1)
-            slow.reads.clear()
+            await slow.stops()
             await broadcast("room", "a")
             await broadcast("room", "b")
             slow.error = OSError()
@@ -5310,10 +5249,7 @@ class TestRedisHere:
                 if "text" in event:
                     got.put_nowait(event["text"])
 
-        async def client(live: Live) -> None:
-            pass
-
-        Putting().play(view, client, **redis_settings(redis))
+        Putting().play(view, client_waits, **redis_settings(redis))
         assert not redis.ask("pubsub", "channels").strip()
 
     def test_leaving_and_joining_at_once(self, redis: Redis) -> None:
@@ -5367,11 +5303,8 @@ class TestRedisHere:
             while len(asyncio.all_tasks()) > 2:
                 await asyncio.sleep(0.001)
 
-        async def client(live: Live) -> None:
-            pass
-
         live = Live()
-        live.play(view, client, **redis_settings(redis))
+        live.play(view, client_waits, **redis_settings(redis))
         assert live.sent[-1]["code"] == 1000
 
     def test_closing_a_group_cancels_a_sleeping_view_at_once(
