@@ -449,8 +449,8 @@ class WebSocket(_End):
         self._hearer: asyncio.Task[Any] | None = None
         self._position: abc.Iterable[tuple[int, int]] = ()
         self._deadline = 0.0
-        # The task that waits in receive(), whether it was cancelled for an end from
-        # outside, what reads ahead where none waits for a second, and the timer for
+        # The task that waits in receive(), whether it was cancelled for an end that
+        # another task made, what reads ahead where none waits for a second, and the timer for
         # that second.
         self._receiver: asyncio.Task[Any] | None = None
         self._woken = False
@@ -536,7 +536,7 @@ class WebSocket(_End):
         except asyncio.CancelledError:
             if not self._woken:
                 raise
-            # Ended from outside, by close_group() say: as when the client leaves.
+            # Another task ended it, close_group() say: as when the client leaves.
             self._woken = False
             if task.uncancel() > cancelling:
                 raise
@@ -546,7 +546,7 @@ class WebSocket(_End):
             if self._timer is None:
                 self._watch()
         if event["type"] == "websocket.disconnect":
-            self._left(event)
+            self._ended(event)
             self._disconnect()  # whoever receives it, knows
         return event
 
@@ -581,7 +581,7 @@ class WebSocket(_End):
         if ahead.cancelled() or ahead.exception() is not None:
             self._ahead = None  # the view will see when it asks the server itself
         elif ahead.result()["type"] == "websocket.disconnect":
-            self._left(ahead.result())
+            self._ended(ahead.result())
             self._look()
 
     def _cancel(self, task: asyncio.Task[Any]) -> None:
@@ -595,28 +595,16 @@ class WebSocket(_End):
         self._told, self._cancelling = "cancelled", task.cancelling()
         task.cancel()
 
-    def _left(self, event: Event) -> None:
-        self._ended(event.get("code") or 1005, event.get("reason") or "")
-
-    def _ended(self, code: int, reason: str) -> None:
+    def _ended(self, event: Event, default: int = 1005) -> None:
+        """Note the end; whoever receives hears of it now, a busy view in a second."""
         if self._state != "closed":
-            self._state, self._end = "closed", (code, reason)
+            self._state = "closed"
+            self._end = event.get("code") or default, event.get("reason") or ""
             if self._timer is None:
                 self._watch()  # over the view's task, where another task learns of it
-
-    def _end_from_outside(self, code: int, reason: str) -> None:
-        """End the socket, and its view as when the client leaves."""
-        if self._state == "open":
-            self._ended(code, reason)
             if self._receiver is not None:
                 self._woken = True
                 self._receiver.cancel()
-            elif (
-                _current.get(None) is not self._lease  # it is not the view's own doing
-                and self._begun == self._done
-                and not (self._outbox and self._outbox.awaited)
-            ):
-                self._look()  # else it hears of it, or is looked after in a second
 
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
@@ -671,7 +659,7 @@ class WebSocket(_End):
             # OSError is what a server raises when the client has gone (ASGI 2.4), and
             # RuntimeError what some raise where they closed by themselves (no answer to
             # a ping, a message too big) and `receive` has not told yet.
-            self._ended(CloseCode.ABNORMAL_CLOSURE, "")
+            self._ended({"code": CloseCode.ABNORMAL_CLOSURE})
             raise self._disconnect() from error
         except BaseException:
             if self._refuse is not None and self._state == "open":
@@ -691,7 +679,7 @@ class WebSocket(_End):
         if self._state == "closed":
             raise self._disconnect()
         if kind == "websocket.close":
-            self._ended(event.get("code") or 1000, event.get("reason") or "")
+            self._ended(event, 1000)
             self._disconnect()  # whoever closes, knows
         elif self._state == "open":
             if kind == "websocket.accept":
@@ -757,7 +745,7 @@ class WebSocket(_End):
         code, reason = _close_arguments(code, reason)
         if self._state == "connecting" and self._refuse is not None:
             await self._refuse(None)
-            self._ended(code, reason)
+            self._ended({"code": code, "reason": reason})
             self._disconnect()
         elif self._state != "closed":
             with suppress(WebSocketDisconnect):
@@ -856,7 +844,7 @@ class _Outbox:
             if not task.cancelling():  # by end()
                 if not isinstance(error, (OSError, RuntimeError)):
                     _logger.error("A message to a group was not sent", exc_info=error)
-                self.socket._end_from_outside(CloseCode.ABNORMAL_CLOSURE, "")
+                self.socket._ended({"code": CloseCode.ABNORMAL_CLOSURE})
         finally:
             if self.events:
                 self.drop()
@@ -907,9 +895,10 @@ class _Outbox:
         """Give up a client that reads too slowly, but for the news that it was."""
         if self.socket._state == "open":
             code, reason = CloseCode.TRY_AGAIN_LATER, "reads too slowly"
-            self.socket._end_from_outside(code, reason)
+            close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+            self.socket._ended(close)
             self.drop()
-            self.push({"type": SendEvent.CLOSE, "code": code, "reason": reason})
+            self.push(close)
 
     async def end(self, seconds: float) -> None:
         """Send what waits, for some seconds at most."""
@@ -981,7 +970,7 @@ class _Groups:
                 if socket._state == "open" and socket in members:
                     outbox = socket._outbox = socket._outbox or _Outbox(socket)
                     if close:  # at once, also for a client that does not read
-                        socket._end_from_outside(event["code"], event["reason"])
+                        socket._ended(event)
                     outbox.push(event)
                     if outbox.busy and not close and outbox.count() >= self.limit:
                         full.append(outbox)
