@@ -449,9 +449,9 @@ class WebSocket(_End):
         self._hearer: asyncio.Task[Any] | None = None
         self._position: abc.Iterable[tuple[int, int]] = ()
         self._deadline = 0.0
-        # The task that waits in receive(), whether it was cancelled for an end that
-        # another task made, what reads ahead where none waits for a second, and the timer for
-        # that second.
+        # The task that waits in receive(), whether it was cancelled since another task
+        # ended the socket, what reads ahead where none waits for a second, and the
+        # timer for that second.
         self._receiver: asyncio.Task[Any] | None = None
         self._woken = False
         self._ahead: asyncio.Future[Event] | None = None
@@ -560,40 +560,35 @@ class WebSocket(_End):
             self._timer.cancel()
             self._timer = None
 
-    def _look(self) -> None:
-        """See after a view that did not wait for its client just now."""
+    def _look(self, ahead: asyncio.Future[Event] | None = None) -> None:
+        """See after a view that did not wait for its client just now.
+
+        After a second, and when the event that was read `ahead` then has come.
+        """
+        if self._task is None or ahead not in (None, self._ahead):
+            return  # it has ended, or receive() took the event
         self._unwatch()
-        if self._state == "closed":
-            if not self._told and self._task is not None:
-                self._cancel(self._task)
-        elif self._receiver is None:
-            if self._ahead is None:
+        ahead = self._ahead
+        if self._state != "closed" and self._receiver is None:
+            if ahead is None:
                 # One event ahead of the view: it may be the end. Any more would take
                 # the server's back-pressure away.
                 self._ahead = asyncio.ensure_future(self._receive())
-                self._ahead.add_done_callback(self._looked)
-            elif self._ahead.done():
-                self._looked(self._ahead)
-
-    def _looked(self, ahead: asyncio.Future[Event]) -> None:
-        if self._task is None or self._receiver is not None or self._ahead is not ahead:
+                self._ahead.add_done_callback(self._look)
+            elif ahead.done() and not ahead.cancelled() and not ahead.exception():
+                if ahead.result()["type"] == "websocket.disconnect":
+                    self._ended(ahead.result())
+        if self._state != "closed" or self._told:
             return
-        if ahead.cancelled() or ahead.exception() is not None:
-            self._ahead = None  # the view will see when it asks the server itself
-        elif ahead.result()["type"] == "websocket.disconnect":
-            self._ended(ahead.result())
-            self._look()
-
-    def _cancel(self, task: asyncio.Task[Any]) -> None:
-        """Cancel the view, unless it may know of the end and be cleaning up."""
+        # Cancel the view, unless it may know of the end and be cleaning up.
         now = asyncio.get_running_loop().time()
         if self._hearer is not None and now < self._deadline:
             if not self._hearer.done() or self._position != _position(self._view):
                 return self._watch()
-        if task.cancelling() and sys.version_info >= (3, 13):
+        if self._task.cancelling() and sys.version_info >= (3, 13):
             return  # somebody else did
-        self._told, self._cancelling = "cancelled", task.cancelling()
-        task.cancel()
+        self._told, self._cancelling = "cancelled", self._task.cancelling()
+        self._task.cancel()
 
     def _ended(self, event: Event, default: int = 1005) -> None:
         """Note the end; whoever receives hears of it now, a busy view in a second."""
