@@ -390,13 +390,8 @@ def _frames(coroutine: Any) -> abc.Iterator[types.FrameType]:
         coroutine = coroutine.cr_await
 
 
-def _position(coroutine: Any) -> list[tuple[int, int]]:
-    return [(id(frame), frame.f_lasti) for frame in _frames(coroutine)]
-
-
-# The lease of the socket whose view a task belongs to; child tasks inherit it. Not the
-# socket itself, which timers would keep alive: each holds the context it was made in.
-_current: contextvars.ContextVar[Any] = contextvars.ContextVar("django_ws")
+def _position(task: asyncio.Task[Any]) -> list[tuple[int, int]]:
+    return [(id(frame), frame.f_lasti) for frame in _frames(task.get_coro())]
 
 
 class WebSocket(_End):
@@ -429,6 +424,8 @@ class WebSocket(_End):
         self._receive = receive
         self._send = send
         self._lease = lease
+        # What tells the view's tasks from others: child tasks inherit it.
+        self._context = SyncToAsync.thread_sensitive_context.get(None)
         self._state = "connecting"
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
         # Until the handshake is answered: the event that began it, what refuses it, and
@@ -436,19 +433,17 @@ class WebSocket(_End):
         self._connect: Event | None = connect
         self._refuse: abc.Callable[[Any], abc.Awaitable[None]] | None = None
         self._headers: abc.Iterable[tuple[bytes, bytes]] = ()
-        # The view's task and coroutine, and how it knows of the end: by an exception or
-        # its own close(), or because it was cancelled.
+        # The view's task, and how it knows of the end: by an exception or its own
+        # close(), or because it was cancelled.
         self._task: asyncio.Task[Any] | None = None
-        self._view: Any = None
         self._told: Literal["", "raised", "cancelled"] = ""
         # How often it was cancelled before that. Not always 0: until Python 3.13
         # a TaskGroup that failed leaves one behind.
         self._cancelling = 0
-        # A task of the view's that learned of the end and may be cleaning up, and where
-        # the view itself was then: if it has moved on since, it may know, too.
-        self._hearer: asyncio.Task[Any] | None = None
-        self._position: abc.Iterable[tuple[int, int]] = ()
-        self._deadline = 0.0
+        # A task of the view's that learned of the end and may be cleaning up, when that
+        # was, and where the view itself was then: if it has moved on since, it may
+        # know, too.
+        self._heard: tuple[asyncio.Task[Any], float, list[Any]] | None = None
         # The task that waits in receive(), whether it was cancelled since another task
         # ended the socket, what reads ahead where none waits for a second, and the
         # timer for that second.
@@ -581,9 +576,10 @@ class WebSocket(_End):
         if self._state != "closed" or self._told:
             return
         # Cancel the view, unless it may know of the end and be cleaning up.
-        now = asyncio.get_running_loop().time()
-        if self._hearer is not None and now < self._deadline:
-            if not self._hearer.done() or self._position != _position(self._view):
+        if self._heard is not None:
+            hearer, then, position = self._heard
+            busy = not hearer.done() or position != _position(self._task)
+            if busy and time.monotonic() < then + self.GRACE:
                 return self._watch()
         if self._task.cancelling() and sys.version_info >= (3, 13):
             return  # somebody else did
@@ -603,19 +599,17 @@ class WebSocket(_End):
 
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
-        if not self._told and _current.get(None) is self._lease:
-            task = asyncio.current_task()
-            if task is self._task:
-                self._told = "raised"
-            elif self._hearer is None:
-                self._hearer, self._position = task, _position(self._view)
-                loop = asyncio.get_running_loop()
-                self._deadline = loop.time() + self.GRACE
+        task: Any = asyncio.current_task()
+        context = SyncToAsync.thread_sensitive_context.get(None)
+        if task is self._task:
+            self._told = self._told or "raised"
+        elif self._task and not self._heard and context is self._context:
+            self._heard = task, time.monotonic(), _position(self._task)
         return WebSocketDisconnect(*self._end)
 
     def _stop(self) -> None:
         """Leave nothing behind when the view has ended."""
-        self._task = self._hearer = self._view = None
+        self._task = self._heard = None
         self._unwatch()
         if self._ahead is not None:
             self._ahead.cancel()
@@ -1608,9 +1602,8 @@ class WebSocketHandler(asgi.ASGIHandler):
         task = asyncio.current_task()
         assert task is not None
         error: Exception | None = None
-        token = _current.set(socket._lease)
         try:
-            socket._task, socket._view = task, result
+            socket._task = task
             socket._watch()
             try:
                 return await result if inspect.isawaitable(result) else result
@@ -1627,8 +1620,6 @@ class WebSocketHandler(asgi.ASGIHandler):
             error.__cause__ = cancelled
         except Exception as raised:
             error = raised
-        finally:
-            _current.reset(token)
         try:
             await self.flush(socket)
             return await self.handle_exception(socket, error)
