@@ -234,18 +234,21 @@ def _json(data: Any) -> str:
 class _End:
     """One end of a WebSocket: messages, on top of `receive` and `send`."""
 
-    # What each end adds: its state, the primitives, and the type of the events that
-    # carry its messages.
-    _state: Literal["connecting", "open", "closed"]
+    _state: Literal["connecting", "open", "closed"] = "connecting"
+    _end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
+    # What each end adds: the primitives, and the type of the events that carry its
+    # messages.
     receive: Receive
     send: Send
-    _disconnect: abc.Callable[[], WebSocketDisconnect]
     _message: str
 
     @property
     def connected(self) -> bool:
         """Whether messages can go by: after `accept()`, until either side's end."""
         return self._state == "open"
+
+    def _disconnect(self) -> WebSocketDisconnect:
+        return WebSocketDisconnect(*self._end)
 
     def _unexpected(self, expected: str) -> Exception:
         """Return why the event that `receive` just gave is not the one expected."""
@@ -426,8 +429,6 @@ class WebSocket(_End):
         self._lease = lease
         # What tells the view's tasks from others: child tasks inherit it.
         self._context = SyncToAsync.thread_sensitive_context.get(None)
-        self._state = "connecting"
-        self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
         # Until the handshake is answered: the event that began it, what refuses it, and
         # the headers that the middleware adds to its answer.
         self._connect: Event | None = connect
@@ -454,7 +455,7 @@ class WebSocket(_End):
         # How often the view began to send and was done with it; the groups that it is
         # in, and what these send.
         self._begun = self._done = 0
-        self._groups: set[str] | None = None
+        self._groups: frozenset[str] = frozenset()
         self._outbox: _Outbox | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -605,7 +606,7 @@ class WebSocket(_End):
             self._told = self._told or "raised"
         elif self._task and not self._heard and context is self._context:
             self._heard = task, time.monotonic(), _position(self._task)
-        return WebSocketDisconnect(*self._end)
+        return super()._disconnect()
 
     def _stop(self) -> None:
         """Leave nothing behind when the view has ended."""
@@ -613,9 +614,9 @@ class WebSocket(_End):
         self._unwatch()
         if self._ahead is not None:
             self._ahead.cancel()
-        for group in self._groups or ():
+        for group in self._groups:
             _groups().leave(group, self)
-        self._groups = None
+        self._groups = frozenset()
 
     async def send(self, event: Event) -> None:
         """Send one ASGI event (a mapping) to the server.
@@ -755,9 +756,7 @@ class WebSocket(_End):
         if self._state == "closed" or self._task is None:  # a task outlived the view
             raise self._disconnect()
         groups = _groups()
-        if self._groups is None:
-            self._groups = set()
-        self._groups.add(_name(group))
+        self._groups |= {_name(group)}
         await groups.join(group, self)
 
     async def leave(self, group: str) -> None:
@@ -765,8 +764,8 @@ class WebSocket(_End):
 
         Cancelling it is safe. It raises nothing, also after the end.
         """
-        if self._groups and group in self._groups:
-            self._groups.remove(group)
+        if group in self._groups:
+            self._groups -= {group}
             _groups().leave(group, self)
 
 
@@ -1817,8 +1816,6 @@ class _Client(_End):
         self._answer = http.HttpResponse()
         self.headers: abc.Mapping[str, str] = self._answer.headers
         self.cookies = self._answer.cookies
-        self._state = "connecting"
-        self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
         self._errors = errors
         self._error: BaseException | None = None
         # A view that sends far more than is received waits, as for a slow client.
@@ -1854,9 +1851,6 @@ class _Client(_End):
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-    def _disconnect(self) -> WebSocketDisconnect:
-        return WebSocketDisconnect(*self._end)
 
     async def _next(self, wanted: str) -> Event:
         try:
