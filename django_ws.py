@@ -402,7 +402,7 @@ class WebSocket(_End):
 
     Every attribute that is not listed here is that of `request`, the HttpRequest of the
     handshake as the middleware left it: `socket.user`, `await socket.auser()`,
-    `socket.session`, `socket.headers`, `socket.COOKIES`, `socket.GET`,
+    `socket.session`, `socket.path`, `socket.headers`, `socket.COOKIES`, `socket.GET`,
     `socket.resolver_match`, `socket.build_absolute_uri()`. `scope` is the ASGI
     connection scope as the server made it.
 
@@ -473,11 +473,6 @@ class WebSocket(_End):
         SECURE_PROXY_SSL_HEADER is heeded, as in `HttpRequest.is_secure()`.
         """
         return "wss" if self.request.is_secure() else "ws"
-
-    @property
-    def path(self) -> str:
-        """The path that was asked for, without the query string (str)."""
-        return self.request.path
 
     @property
     def query_params(self) -> http.QueryDict:
