@@ -445,11 +445,9 @@ class WebSocket(_End):
         # was, and where the view itself was then: if it has moved on since, it may
         # know, too.
         self._heard: tuple[asyncio.Task[Any], float, list[Any]] | None = None
-        # The task that waits in receive(), whether it was cancelled since another task
-        # ended the socket, what reads ahead where none waits for a second, and the
-        # timer for that second.
+        # The task that waits in receive(), what reads ahead where none waits for
+        # a second, and the timer for that second.
         self._receiver: asyncio.Task[Any] | None = None
-        self._woken = False
         self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
         # How often the view began to send and was done with it; the groups that it is
@@ -517,7 +515,8 @@ class WebSocket(_End):
             if self._state == "closed" and (ahead is None or not ahead.done()):
                 raise self._disconnect()
             if ahead is not None:
-                await asyncio.wait([ahead])  # cancelling this leaves it alone
+                if not ahead.done():
+                    await asyncio.wait([ahead])  # cancelling this leaves it alone
                 self._ahead = None
                 if ahead.cancelled():  # the view has ended, this is a task it left
                     raise self._disconnect()
@@ -525,11 +524,8 @@ class WebSocket(_End):
             else:
                 event = await self._receive()
         except asyncio.CancelledError:
-            if not self._woken:
-                raise
-            # Another task ended it, close_group() say: as when the client leaves.
-            self._woken = False
-            if task.uncancel() > cancelling:
+            # By _ended(), if another task ended it: as when the client leaves.
+            if self._state != "closed" or task.uncancel() > cancelling:
                 raise
             raise self._disconnect() from None
         finally:
@@ -542,7 +538,7 @@ class WebSocket(_End):
         return event
 
     def _watch(self) -> None:
-        if self._task is not None:
+        if self._task is not None and self._timer is None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self.WATCH, self._look)
 
@@ -556,11 +552,13 @@ class WebSocket(_End):
 
         After a second, and when the event that was read `ahead` then has come.
         """
-        if self._task is None or ahead not in (None, self._ahead):
-            return  # it has ended, or receive() took the event
+        if ahead not in (None, self._ahead):
+            return  # receive() took it
         self._unwatch()
+        if self._task is None or self._receiver is not None:
+            return
         ahead = self._ahead
-        if self._state != "closed" and self._receiver is None:
+        if self._state != "closed":
             if ahead is None:
                 # One event ahead of the view: it may be the end. Any more would take
                 # the server's back-pressure away.
@@ -587,10 +585,8 @@ class WebSocket(_End):
         if self._state != "closed":
             self._state = "closed"
             self._end = event.get("code") or default, event.get("reason") or ""
-            if self._timer is None:
-                self._watch()  # over the view's task, where another task learns of it
+            self._watch()  # over the view's task, where another task learns of it
             if self._receiver is not None:
-                self._woken = True
                 self._receiver.cancel()
 
     def _disconnect(self) -> WebSocketDisconnect:
