@@ -40,7 +40,6 @@ import re
 import sys
 import threading
 import time
-import types
 from collections import abc, deque
 from concurrent import futures
 from contextlib import asynccontextmanager, suppress
@@ -88,6 +87,7 @@ Receive = abc.Callable[[], abc.Awaitable[Event]]
 Send = abc.Callable[[Event], abc.Awaitable[None]]
 Application = abc.Callable[[Scope, Receive, Send], abc.Coroutine[Any, Any, None]]
 View = abc.Callable[..., Any]
+Headers = abc.Mapping[Any, str | bytes] | abc.Iterable[tuple[str | bytes, str | bytes]]
 
 
 # The words of the wire
@@ -386,7 +386,7 @@ _SERVERS_OWN = re.compile(
 )
 
 
-def _frames(coroutine: Any) -> abc.Iterator[types.FrameType]:
+def _frames(coroutine: Any) -> abc.Iterator[Any]:
     """Yield the frames of a suspended coroutine and of all that it awaits."""
     while frame := getattr(coroutine, "cr_frame", None):
         yield frame
@@ -432,7 +432,7 @@ class WebSocket(_End):
         # Until the handshake is answered: the event that began it, what refuses it, and
         # the headers that the middleware adds to its answer.
         self._connect: Event | None = connect
-        self._refuse: abc.Callable[[Any], abc.Awaitable[None]] | None = None
+        self._refuse: Any = None
         self._headers: abc.Iterable[tuple[bytes, bytes]] = ()
         # The view's task, and how it knows of the end: by an exception or its own
         # close(), or because it was cancelled.
@@ -466,10 +466,7 @@ class WebSocket(_End):
 
     @property
     def scheme(self) -> str:
-        """`"wss"` where the connection is encrypted, `"ws"` where it is not (str).
-
-        SECURE_PROXY_SSL_HEADER is heeded, as in `HttpRequest.is_secure()`.
-        """
+        """`"wss"` or `"ws"` (str), by `HttpRequest.is_secure()`: it heeds proxies."""
         return "wss" if self.request.is_secure() else "ws"
 
     @property
@@ -484,10 +481,7 @@ class WebSocket(_End):
 
     @property
     def subprotocols(self) -> list[str]:
-        """The subprotocols that the client offers, its favourite first (list of str).
-
-        RFC 6455, section 1.9.
-        """
+        """What the client offers (list of str), best first (RFC 6455, section 1.9)."""
         return list(self.scope.get("subprotocols") or ())
 
     async def receive(self) -> Event:
@@ -672,12 +666,7 @@ class WebSocket(_End):
             raise RuntimeError(f"call accept() before sending a {kind}")
 
     async def accept(
-        self,
-        subprotocol: str | None = None,
-        headers: (
-            abc.Mapping[Any, str | bytes]
-            | abc.Iterable[tuple[str | bytes, str | bytes]]
-        ) = (),
+        self, subprotocol: str | None = None, headers: Headers = ()
     ) -> None:
         """Complete the handshake.
 
@@ -724,13 +713,13 @@ class WebSocket(_End):
         Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close - send event".
         """
         code, reason = _close_arguments(code, reason)
-        if self._state == "connecting" and self._refuse is not None:
+        close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+        if self._state == "connecting" and self._refuse:
             await self._refuse(None)
-            self._ended({"code": code, "reason": reason})
+            self._ended(close)
             self._disconnect()
         elif self._state != "closed":
             with suppress(WebSocketDisconnect):
-                close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
                 await self.send(close)
 
     async def join(self, group: str) -> None:
@@ -1556,8 +1545,7 @@ class WebSocketHandler(asgi.ASGIHandler):
         if not isinstance(response, _SwitchingProtocols):
             return await self.refuse(socket, response)
         socket._lease.release(clean=True)
-        refuse: Any = partial(self.refuse_by_view, socket, response)
-        socket._refuse = refuse
+        socket._refuse = partial(self.refuse_by_view, socket, response)
         cookies = [("Set-Cookie", c.OutputString()) for c in response.cookies.values()]
         socket._headers = [
             (name.lower().encode("ascii"), value.encode("latin-1"))
@@ -1565,7 +1553,7 @@ class WebSocketHandler(asgi.ASGIHandler):
             if name != "Content-Type" and not _SERVERS_OWN.fullmatch(name)
         ]
         result, response.result = response.result, None
-        del response, refuse  # an idle socket has no use for them
+        del response  # an idle socket has no use for them
         result = await self.run_view(socket, result)
         await self.flush(socket)
         if socket._refuse is None:
