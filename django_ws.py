@@ -617,8 +617,22 @@ class WebSocket(_End):
         `WebSocketDisconnect` after the end.
         Source: ASGI, "WebSocket".
         """
-        if self._state != "open" or event["type"] != "websocket.send":
-            self._check(event)
+        kind = event["type"]
+        if self._state == "open" and kind == "websocket.send":
+            pass  # a message goes its way
+        elif self._state == "closed":
+            raise self._disconnect()
+        elif kind == "websocket.close":
+            self._ended(event, 1000)
+            self._disconnect()  # whoever closes, knows
+        elif self._state == "open":
+            if kind == "websocket.accept":
+                raise RuntimeError("accept() was called before")
+            raise RuntimeError(f"{kind!r} is no event that can be sent")
+        elif kind == "websocket.accept":
+            self._state = "open"
+        else:
+            raise RuntimeError(f"call accept() before sending a {kind}")
         if self._outbox is not None and self._outbox.busy:
             if not await self._outbox.send(event):
                 raise self._disconnect()
@@ -647,23 +661,6 @@ class WebSocket(_End):
         if self._refuse is not None:  # that was the answer
             self._connect = self._refuse = None
             self._headers = ()
-
-    def _check(self, event: Event) -> None:
-        """Let an event other than a message pass, or raise."""
-        kind = event["type"]
-        if self._state == "closed":
-            raise self._disconnect()
-        if kind == "websocket.close":
-            self._ended(event, 1000)
-            self._disconnect()  # whoever closes, knows
-        elif self._state == "open":
-            if kind == "websocket.accept":
-                raise RuntimeError("accept() was called before")
-            raise RuntimeError(f"{kind!r} is no event that can be sent")
-        elif kind == "websocket.accept":
-            self._state = "open"
-        else:
-            raise RuntimeError(f"call accept() before sending a {kind}")
 
     async def accept(
         self, subprotocol: str | None = None, headers: Headers = ()
