@@ -234,7 +234,7 @@ def _json(data: Any) -> str:
 class _End:
     """One end of a WebSocket: messages, on top of `receive` and `send`."""
 
-    _state: Literal["connecting", "open", "closed"] = "connecting"
+    _state: Literal["connecting", "open", "closed"]
     _end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
     # What each end adds: the primitives, and the type of the events that carry its
     # messages.
@@ -429,6 +429,8 @@ class WebSocket(_End):
         self._lease = lease
         # What tells the view's tasks from others: child tasks inherit it.
         self._context = SyncToAsync.thread_sensitive_context.get(None)
+        # Not the class's: Python reads an attribute slower that hides one of a class.
+        self._state = "connecting"
         # Until the handshake is answered: the event that began it, what refuses it, and
         # the headers that the middleware adds to its answer.
         self._connect: Event | None = connect
@@ -617,22 +619,21 @@ class WebSocket(_End):
         `WebSocketDisconnect` after the end.
         Source: ASGI, "WebSocket".
         """
-        kind = event["type"]
-        if self._state == "open" and kind == "websocket.send":
-            pass  # a message goes its way
-        elif self._state == "closed":
-            raise self._disconnect()
-        elif kind == "websocket.close":
-            self._ended(event, 1000)
-            self._disconnect()  # whoever closes, knows
-        elif self._state == "open":
-            if kind == "websocket.accept":
-                raise RuntimeError("accept() was called before")
-            raise RuntimeError(f"{kind!r} is no event that can be sent")
-        elif kind == "websocket.accept":
-            self._state = "open"
-        else:
-            raise RuntimeError(f"call accept() before sending a {kind}")
+        if self._state != "open" or event["type"] != "websocket.send":
+            kind = event["type"]
+            if self._state == "closed":
+                raise self._disconnect()
+            if kind == "websocket.close":
+                self._ended(event, 1000)
+                self._disconnect()  # whoever closes, knows
+            elif self._state == "open":
+                if kind == "websocket.accept":
+                    raise RuntimeError("accept() was called before")
+                raise RuntimeError(f"{kind!r} is no event that can be sent")
+            elif kind == "websocket.accept":
+                self._state = "open"
+            else:
+                raise RuntimeError(f"call accept() before sending a {kind}")
         if self._outbox is not None and self._outbox.busy:
             if not await self._outbox.send(event):
                 raise self._disconnect()
@@ -1792,6 +1793,7 @@ class _Client(_End):
         self._answer = http.HttpResponse()
         self.headers: abc.Mapping[str, str] = self._answer.headers
         self.cookies = self._answer.cookies
+        self._state = "connecting"
         self._errors = errors
         self._error: BaseException | None = None
         # A view that sends far more than is received waits, as for a slow client.
