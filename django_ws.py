@@ -538,19 +538,15 @@ class WebSocket(_End):
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self.WATCH, self._look)
 
-    def _unwatch(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def _look(self, ahead: asyncio.Future[Event] | None = None) -> None:
         """See after a view that did not wait for its client just now.
 
         After a second, and when the event that was read `ahead` then has come.
         """
-        if ahead not in (None, self._ahead):
+        if ahead is None:
+            self._timer = None
+        elif ahead is not self._ahead:
             return  # receive() took it
-        self._unwatch()
         if self._task is None or self._receiver is not None:
             return
         ahead = self._ahead
@@ -598,7 +594,8 @@ class WebSocket(_End):
     def _stop(self) -> None:
         """Leave nothing behind when the view has ended."""
         self._task = self._heard = None
-        self._unwatch()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._ahead is not None:
             self._ahead.cancel()
         for group in self._groups:
