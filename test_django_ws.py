@@ -2943,7 +2943,10 @@ class TestGoneIsGone:
             logging.disable(logging.NOTSET)
             gc.enable()
 
-    def test_a_task_that_outlives_its_view_hears_of_the_end(self, quick: None) -> None:
+    @pytest.mark.parametrize("raises", [False, True])
+    def test_a_task_that_outlives_its_view_hears_of_the_end(
+        self, quick: None, raises: bool
+    ) -> None:
         tasks: list[asyncio.Task[str]] = []
 
         async def view(socket: WebSocket) -> None:
@@ -2951,6 +2954,8 @@ class TestGoneIsGone:
             await asyncio.sleep(0.1)  # it is read ahead
             tasks.append(asyncio.create_task(socket.receive_text()))
             await asyncio.sleep(0.01)
+            if raises:  # which is logged before the socket is closed
+                raise ValueError
 
         async def client(live: Live) -> None:
             await asyncio.wait([live.task])
@@ -3156,6 +3161,35 @@ class TestMessagesOfABusyView:
         live = Live()
         live.play(view, client_waits)
         assert steps == ["cancelled"]
+
+    def test_an_event_that_the_view_has_taken_is_looked_at_no_more(
+        self, quick: None
+    ) -> None:
+        """It is taken in the turn of the loop in which it was read ahead."""
+        seen: list[Any] = []
+
+        class Telling(Live):
+            async def receive(self) -> dict[str, Any]:
+                event = await super().receive()
+                if event == text("a"):
+                    read.set()
+                return event
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await read.wait()
+            seen.append(await socket.receive_text())
+            await asyncio.sleep(0)
+            seen.append(socket._ahead)  # the next is read ahead in a while
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            await asyncio.sleep(0.1)
+            live.queue.put_nowait(text("a"))
+
+        read = asyncio.Event()
+        Telling().play(view, client)
+        assert seen == ["a", None]
 
     def test_two_tasks_may_not_receive_at_once(self) -> None:
         async def view(socket: WebSocket) -> None:
