@@ -543,10 +543,11 @@ class WebSocket(_End):
 
         After a second, and when the event that was read `ahead` then has come.
         """
-        if ahead is None:
-            self._timer = None
-        elif ahead is not self._ahead:
+        if ahead not in (None, self._ahead):
             return  # receive() took it
+        if ahead is None and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._task is None or self._receiver is not None:
             return
         ahead = self._ahead
@@ -573,13 +574,20 @@ class WebSocket(_End):
         self._task.cancel()
 
     def _ended(self, event: Event, default: int = 1005) -> None:
-        """Note the end; whoever receives hears of it now, a busy view in a second."""
+        """Note the end; whoever receives hears of it, others are looked after."""
         if self._state != "closed":
             self._state = "closed"
             self._end = event.get("code") or default, event.get("reason") or ""
-            self._watch()  # over the view's task, where another task learns of it
             if self._receiver is not None:
                 self._receiver.cancel()
+            elif (
+                # It is not the view's own doing, nor will it hear of it by sending.
+                SyncToAsync.thread_sensitive_context.get(None) is not self._context
+                and self._begun == self._done
+                and not (self._outbox and self._outbox.awaited)
+            ):
+                self._look()
+            self._watch()  # over the view's task, where another task learns of it
 
     def _disconnect(self) -> WebSocketDisconnect:
         """Return the exception for the end, which the task that runs now learns of."""
