@@ -1513,7 +1513,8 @@ class WebSocketHandler(asgi.ASGIHandler):
     #: Seconds that a client has, when its view has ended, to read what waits for it.
     FLUSH = 5.0
 
-    def __init__(self) -> None:
+    def __init__(self, app: Application) -> None:
+        self.app = app
         # Synchronous, unlike ASGIHandler: each of Django's middlewares in async mode
         # hops to a thread and back, the whole chain in sync mode hops once.
         self.load_middleware()
@@ -1526,7 +1527,9 @@ class WebSocketHandler(asgi.ASGIHandler):
         return match
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one WebSocket connection (ASGI, "WebSocket")."""
+        """Serve one WebSocket connection (ASGI, "WebSocket"), or let `app` serve."""
+        if scope["type"] != "websocket":
+            return await self.app(scope, receive, send)
         connect = await receive()
         if connect["type"] != ReceiveEvent.CONNECT:
             return
@@ -1759,22 +1762,14 @@ class WebSocketHandler(asgi.ASGIHandler):
             await _run_in_thread(socket._lease, response.close)
 
 
-def websockets(app: Application) -> Any:
+def websockets(app: Application) -> Application:
     """Serve WebSockets by Django, and everything else by `app` (ASGI applications).
 
     Wrap what `get_asgi_application()` returned. Each handshake passes
     `settings.MIDDLEWARE`, of which this makes instances of its own.
     """
     _options()  # what is wrong in WEBSOCKETS, at the start and not at the first join()
-    handler = WebSocketHandler()
-
-    async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await handler(scope, receive, send)
-        else:
-            await app(scope, receive, send)
-
-    return application
+    return WebSocketHandler(app)
 
 
 # Testing
