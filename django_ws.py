@@ -440,7 +440,7 @@ class WebSocket(_End):
         # close(), or because it was cancelled.
         self._task: asyncio.Task[Any] | None = None
         self._told: Literal["", "raised", "cancelled"] = ""
-        # How often it was cancelled before that. Not always 0: until Python 3.13
+        # How often it was cancelled by then. Not always once: until Python 3.13
         # a TaskGroup that failed leaves one behind.
         self._cancelling = 0
         # A task of the view's that learned of the end and may be cleaning up, when that
@@ -570,8 +570,8 @@ class WebSocket(_End):
                 return self._watch()
         if self._task.cancelling() and sys.version_info >= (3, 13):
             return  # somebody else did
-        self._told, self._cancelling = "cancelled", self._task.cancelling()
         self._task.cancel()
+        self._told, self._cancelling = "cancelled", self._task.cancelling()
 
     def _ended(self, event: Event, default: int = 1005) -> None:
         """Note the end; whoever receives hears of it, others are looked after."""
@@ -1472,19 +1472,6 @@ class _Lease(futures.Executor):
         self.release()
 
 
-def _without_disconnect(error: Exception) -> Exception | None:
-    """Return what is left of a view's exception besides that its client has gone.
-
-    A TaskGroup in a view wraps what its tasks raise into a group.
-    """
-    rest: Exception | None = error
-    if isinstance(error, ExceptionGroup):
-        rest = error.split(WebSocketDisconnect)[1]
-        while isinstance(rest, ExceptionGroup) and len(rest.exceptions) == 1:
-            rest = rest.exceptions[0]
-    return None if isinstance(rest, WebSocketDisconnect) else rest
-
-
 async def _run_in_thread(
     lease: _Lease, function: abc.Callable[..., Any], *args: Any
 ) -> Any:
@@ -1583,32 +1570,26 @@ class WebSocketHandler(asgi.ASGIHandler):
 
     async def run_view(self, socket: WebSocket, result: Any) -> Any:
         """Await a view; return what refuses the handshake where it did not accept."""
-        task = asyncio.current_task()
-        assert task is not None
-        error: Exception | None = None
+        task: Any = asyncio.current_task()
+        socket._task = task
+        socket._watch()
         try:
-            socket._task = task
-            socket._watch()
             try:
                 return await result if inspect.isawaitable(result) else result
+            except asyncio.CancelledError as error:
+                if task.cancelling() > socket._cancelling:
+                    raise  # somebody else's cancellation goes on its way
+                if socket._state == "closed":
+                    return None
+                message = "the view awaited something that was cancelled"
+                raise RuntimeError(message) from error
             finally:
                 socket._stop()
                 if socket._told == "cancelled":
                     task.uncancel()
-        except asyncio.CancelledError as cancelled:
-            if task.cancelling() > socket._cancelling:
-                raise  # somebody else's cancellation goes on its way
-            if socket._state == "closed":
-                return None
-            error = RuntimeError("the view awaited something that was cancelled")
-            error.__cause__ = cancelled
-        except Exception as raised:
-            error = raised
-        try:
+        except Exception as error:
             await self.flush(socket)
             return await self.handle_exception(socket, error)
-        finally:
-            del error, result  # the traceback has this frame
 
     def start(self, socket: WebSocket) -> Any:
         """Do all of a handshake that is synchronous; it runs in a worker thread."""
@@ -1689,11 +1670,13 @@ class WebSocketHandler(asgi.ASGIHandler):
             result.__traceback__ = traceback  # without this frame: no cycle
         return response
 
-    async def handle_exception(
-        self, socket: WebSocket, error: Exception
-    ) -> Exception | None:
+    async def handle_exception(self, socket: WebSocket, error: Exception) -> Any:
         """Close an accepted socket for its view's exception; return one from before."""
-        rest = _without_disconnect(error)
+        # What is left of it besides that the client has gone: a TaskGroup in a view
+        # wraps what its tasks raise into a group.
+        rest: Any = ExceptionGroup("", [error]).split(WebSocketDisconnect)[1]
+        while isinstance(rest, ExceptionGroup) and len(rest.exceptions) == 1:
+            [rest] = rest.exceptions
         if rest is None or socket._state == "connecting":
             return rest
         code, reason = int(CloseCode.INTERNAL_ERROR), ""
@@ -1703,7 +1686,9 @@ class WebSocketHandler(asgi.ASGIHandler):
             denied = isinstance(rest, PermissionDenied)
             if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS and not denied:
                 raise rest
+            traceback = error.__traceback__
             await sync_to_async(self.report)(socket.request, rest)
+            error.__traceback__ = traceback  # without a frame of asgiref's: no cycle
             if conf.settings.DEBUG:
                 reason = f"{type(rest).__name__}: {rest}"
             if denied:
@@ -1719,13 +1704,8 @@ class WebSocketHandler(asgi.ASGIHandler):
             message, status = "Forbidden (Permission denied): %s", 403
         else:
             message, status = "Internal Server Error: %s", 500
-            traceback = error.__traceback__
-            try:
-                raise error  # receivers look at sys.exc_info()
-            except Exception:
-                signals.got_request_exception.send(sender=None, request=request)
-            finally:  # of this frame, which would make a cycle
-                error.__traceback__ = traceback
+            # Receivers look at sys.exc_info(), which asgiref hands on to this thread.
+            signals.got_request_exception.send(sender=None, request=request)
         response = http.HttpResponse(status=status)
         log_response(
             message, request.path, response=response, request=request, exception=error
