@@ -1371,10 +1371,7 @@ class _Lease(futures.Executor):
     SIZE = min(32, (os.cpu_count() or 1) + 4)
     IDLE = 5.0  # seconds without synchronous code, after which the thread goes back
 
-    # Of the process: every worker, and those that no socket holds, the last used last,
-    # so that few threads, with warm connections, do all the work of a quiet site.
-    workers: ClassVar[list[_Worker]] = []
-    free: ClassVar[list[_Worker]] = []
+    workers: ClassVar[list[_Worker]] = []  # of the process
     lock = threading.Lock()
 
     def __init__(self) -> None:
@@ -1388,13 +1385,12 @@ class _Lease(futures.Executor):
         """Run `fn` on the thread that this socket holds (concurrent.futures)."""
         with self.lock:
             if self.worker is None:
-                if not self.free and len(self.workers) < self.SIZE:
-                    self.free.append(_Worker())
-                    self.workers.extend(self.free)
-                if self.free:
-                    self.worker = self.free.pop()
-                else:  # all are taken: share
-                    self.worker = min(self.workers, key=lambda w: (w.jobs, w.holders))
+                workers = self.workers
+                if len(workers) < self.SIZE and all(w.holders for w in workers):
+                    workers.append(_Worker())
+                # The first that is free: so few threads, with warm connections, do all
+                # the work of a quiet site. Where all are taken, sockets share.
+                self.worker = min(workers, key=lambda w: (w.jobs, w.holders))
                 self.worker.holders += 1
                 self.checked = 0.0
             worker = self.worker
@@ -1406,7 +1402,7 @@ class _Lease(futures.Executor):
             self.checked = time.monotonic()
             fn = partial(_reconnected, fn)
         if self.timer is None and not self.ended:
-            self.watch(self.IDLE)
+            self.look()
         job = worker.submit(fn, *args, **kwargs)
         job.add_done_callback(partial(self.done, worker))
         return job
@@ -1420,43 +1416,34 @@ class _Lease(futures.Executor):
         if self.ended:
             self.release()
 
-    def watch(self, seconds: float) -> None:
-        """Give the thread back when it runs nothing for a while."""
-        loop = asyncio.get_running_loop()
-        self.timer = loop.call_later(seconds, self.look)
-
     def look(self) -> None:
-        self.timer = None
+        """Give the thread back when it has run nothing for a while."""
         idle = 0.0 if self.jobs else time.monotonic() - self.used
         if idle < self.IDLE:
-            self.watch(self.IDLE - idle)
+            loop = asyncio.get_running_loop()
+            self.timer = loop.call_later(self.IDLE - idle, self.look)
         else:
             self.release()
 
-    def release(self, clean: bool = False) -> None:
-        """Give the thread back, with its old connections closed as after a request."""
+    def release(self, *, clean: bool = False, end: bool = False) -> None:
+        """Give the thread back, with its old connections closed as after a request.
+
+        It stays while a job runs, a child task's say; at the socket's end until then.
+        """
+        self.ended = self.ended or end
         with self.lock:
+            # No other thread cancels it: at the end there is none any more.
+            if self.timer is not None and (end or not self.jobs):
+                self.timer.cancel()
+                self.timer = None
             worker = self.worker
             if self.jobs or worker is None:
-                return  # not from under a child task of the view
+                return
             self.worker = None
             worker.holders -= 1
             # What another socket reads from an open cursor is not cut off.
-            if not worker.holders:
-                self.free.append(worker)
-                if not clean:
-                    worker.submit(_give_back)
-        if self.timer is not None and not self.ended:
-            self.timer.cancel()
-            self.timer = None
-
-    def end(self) -> None:
-        """Give the thread back now, or when its last job has ended."""
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        self.ended = True
-        self.release()
+            if not worker.holders and not clean:
+                worker.submit(_give_back)
 
 
 async def _run_in_thread(
@@ -1517,7 +1504,7 @@ class WebSocketHandler(asgi.ASGIHandler):
             await self.serve(WebSocket(scope, connect, receive, send, lease))
         finally:
             SyncToAsync.thread_sensitive_context.reset(token)
-            lease.end()
+            lease.release(end=True)
 
     async def serve(self, socket: WebSocket) -> None:
         """Run the handshake and the view of one connection."""
