@@ -1337,26 +1337,23 @@ class _Worker(futures.ThreadPoolExecutor):
         self.holders = self.jobs = 0
 
 
-def _reconnected(fn: abc.Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `fn` when connections of this thread that are too old or cut are dropped."""
-    for connection in connections.all(initialized_only=True):
-        if not connection.in_atomic_block:
-            # Makes Django ask the server, so that a restart of the database fails no
-            # query: a WebSocket cannot be asked again as a browser asks for a page.
-            connection.errors_occurred = True
-            connection.close_if_unusable_or_obsolete()
-    return fn(*args, **kwargs)
+def _tend_connections(held: bool = False) -> None:
+    """Close this thread's database connections that are too old, as after a request.
 
-
-def _give_back() -> None:
-    """Close this thread's old database connections, and forget what was set on them.
-
-    Middleware of many tenants sets the tenant there; the next socket's is another.
+    Unless the socket goes on (`held`), forget what was set on them, too: middleware of
+    many tenants sets the tenant there; the next socket's is another.
     """
-    close_old_connections()
     for connection in connections.all(initialized_only=True):
+        if held and connection.in_atomic_block:
+            continue
+        connection.close_if_unusable_or_obsolete()
+        # Makes Django ask the server before the next query, so that a restart of the
+        # database fails none: a WebSocket cannot be asked again as a browser asks for
+        # a page.
+        setattr(connection, "health_check_enabled", True)
         # A transaction that was left open was just cut off, which Django remembers.
-        if connection.connection is None or connection.closed_in_transaction:
+        gone = connection.connection is None or connection.closed_in_transaction
+        if gone and not held:
             del connections[connection.alias]
 
 
@@ -1378,7 +1375,7 @@ class _Lease(futures.Executor):
         self.worker: _Worker | None = None
         self.jobs = 0
         self.timer: asyncio.TimerHandle | None = None
-        self.used = self.checked = 0.0  # when a job ended, and the connections were
+        self.used = 0.0  # when a job ended
         self.ended = False  # the socket has ended; a job of it may still run
 
     def submit(self, fn: abc.Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -1392,15 +1389,9 @@ class _Lease(futures.Executor):
                 # the work of a quiet site. Where all are taken, sockets share.
                 self.worker = min(workers, key=lambda w: (w.jobs, w.holders))
                 self.worker.holders += 1
-                self.checked = 0.0
             worker = self.worker
-            # Before the first job, and now and then for a view that never receives.
-            check = worker.holders == 1 and not self.jobs
             self.jobs += 1
             worker.jobs += 1
-        if check and time.monotonic() - self.checked > self.IDLE:
-            self.checked = time.monotonic()
-            fn = partial(_reconnected, fn)
         if self.timer is None and not self.ended:
             self.look()
         job = worker.submit(fn, *args, **kwargs)
@@ -1422,6 +1413,9 @@ class _Lease(futures.Executor):
         if idle < self.IDLE:
             loop = asyncio.get_running_loop()
             self.timer = loop.call_later(self.IDLE - idle, self.look)
+            if self.worker and self.worker.holders == 1 and not self.jobs:
+                # Now and then, for a view that never lets it go.
+                self.worker.submit(_tend_connections, held=True)
         else:
             self.release()
 
@@ -1443,7 +1437,7 @@ class _Lease(futures.Executor):
             worker.holders -= 1
             # What another socket reads from an open cursor is not cut off.
             if not worker.holders and not clean:
-                worker.submit(_give_back)
+                worker.submit(_tend_connections)
 
 
 async def _run_in_thread(
@@ -1591,7 +1585,7 @@ class WebSocketHandler(asgi.ASGIHandler):
         # The request is finished where the socket begins (signal request_finished).
         response.close()
         if socket._lease.worker is not None and socket._lease.worker.holders == 1:
-            _give_back()
+            _tend_connections()
         urls.set_urlconf(getattr(socket.request, "urlconf", None))
         return response
 
