@@ -42,7 +42,7 @@ import threading
 import time
 from collections import abc, deque
 from concurrent import futures
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial, update_wrapper
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -1446,18 +1446,14 @@ async def _run_in_thread(
     """Run a synchronous part of Django's, which sends its signals of a request."""
 
     def run() -> Any:
-        if lease.worker is not None:
+        with ExitStack() as stack:
+            if lease.worker is None:
+                # In the thread of a TestCase, whose transaction the signals must not
+                # end: Django's own test client takes the same care.
+                for signal in (signals.request_started, signals.request_finished):
+                    signal.disconnect(close_old_connections)
+                    stack.callback(signal.connect, close_old_connections)
             return function(*args)
-        # In the thread of a TestCase, whose transaction the signals must not end:
-        # Django's own test client takes the same care.
-        both = signals.request_started, signals.request_finished
-        for signal in both:
-            signal.disconnect(close_old_connections)
-        try:
-            return function(*args)
-        finally:
-            for signal in both:
-                signal.connect(close_old_connections)
 
     return await sync_to_async(run)()
 
