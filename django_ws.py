@@ -1720,17 +1720,11 @@ def websockets(app: Application) -> Application:
 
 
 class _Client(_End):
-    """The client's end of a WebSocket, for tests; `connect` makes it.
-
-    Of the answer to the handshake it has `subprotocol` (str or None), `headers` (a
-    mapping that ignores case) and `cookies` (http.cookies.SimpleCookie). It receives
-    and sends as `WebSocket` does, but waits for `timeout` seconds at most, and then
-    raises `TimeoutError`; what the view raised is raised here, too.
-    """
+    """The client's end of a WebSocket, for tests; `connect` makes and describes it."""
 
     _message = "websocket.receive"
 
-    def __init__(self, scope: Scope, timeout: float | None, errors: bool) -> None:
+    def __init__(self, scope: Scope, timeout: float | None) -> None:
         self.scope = scope
         self.timeout = timeout
         self.subprotocol: str | None = None
@@ -1738,7 +1732,6 @@ class _Client(_End):
         self.headers: abc.Mapping[str, str] = self._answer.headers
         self.cookies = self._answer.cookies
         self._state = "connecting"
-        self._errors = errors
         self._error: BaseException | None = None
         # A view that sends far more than is received waits, as for a slow client.
         self._received: asyncio.Queue[Event] = asyncio.Queue(10_000)
@@ -1766,7 +1759,7 @@ class _Client(_End):
 
     def _store_error(self, request: Any = None, **kwargs: Any) -> None:
         """Keep what a view raised, as the receiver of a signal of Django's."""
-        if getattr(request, "scope", {}).get("django_ws") is self and self._errors:
+        if getattr(request, "scope", {}).get("django_ws") is self:
             self._error = sys.exc_info()[1]
 
     def _raise_error(self) -> None:
@@ -1774,7 +1767,11 @@ class _Client(_End):
         if error is not None:
             raise error
 
-    async def _next(self, wanted: str) -> Event:
+    async def receive(self, wanted: str = "a message") -> Event:
+        """Return the next event of the view (a mapping): a message, or the end."""
+        if self._state == "closed":
+            self._raise_error()
+            raise self._disconnect()
         try:
             async with asyncio.timeout(self.timeout):
                 event = await self._received.get()
@@ -1795,13 +1792,6 @@ class _Client(_End):
         while not self._received.empty():  # a view that waits to send waits no longer
             self._received.get_nowait()
 
-    async def receive(self) -> Event:
-        """Return the next event of the view (a mapping): a message, or the end."""
-        if self._state == "closed":
-            self._raise_error()
-            raise self._disconnect()
-        return await self._next("a message")
-
     async def send(self, event: Event) -> None:
         """Send one event (a mapping) to the view: a message."""
         self._raise_error()
@@ -1819,12 +1809,12 @@ class _Client(_End):
             self._closed(code, reason)
 
     async def _handshake(self) -> None:
-        event = await self._next("the answer to the handshake")
+        event = await self.receive("the answer to the handshake")
         answer = self._answer
         answer.status_code = event.get("status", 403)
         more = event["type"] == "websocket.http.response.start"
         while more:
-            part = await self._next("the rest of the answer to the handshake")
+            part = await self.receive("the rest of the answer to the handshake")
             answer.write(part.get("body", b""))
             more = part.get("more_body", False)
         del answer.headers["Content-Type"]
@@ -1833,12 +1823,11 @@ class _Client(_End):
                 answer.cookies.load(value.decode("latin-1"))
             else:
                 answer.headers[name.decode("ascii")] = value.decode("latin-1")
-        if event["type"] != SendEvent.ACCEPT:
-            if "Location" in answer:
-                setattr(answer, "url", answer["Location"])  # for assertRedirects()
-            raise WebSocketDenied(answer)
-        self._state = "open"
-        self.subprotocol = event.get("subprotocol")
+        if "Location" in answer:
+            setattr(answer, "url", answer["Location"])  # for assertRedirects()
+        if event["type"] == SendEvent.ACCEPT:
+            self._state = "open"
+            self.subprotocol = event.get("subprotocol")
 
 
 @asynccontextmanager
@@ -1865,39 +1854,36 @@ async def connect(
     `subprotocols` (of str) are offered.
 
     `socket` has the `send_…`, `receive_…`, `iter_…` and `close` of `WebSocket`, and
-    `subprotocol`, `headers` and `cookies` of the answer. It waits `timeout` seconds at
-    most for each message (None: for ever), and so long for the view when the block has
-    ended and the socket was closed with 1000. Cancelling the block closes it, too.
+    of the answer `subprotocol` (str or None), `headers` (a mapping that ignores case)
+    and `cookies` (SimpleCookie). It waits `timeout` seconds at most for each message
+    (None: for ever), and so long for the view when the block has ended and the socket
+    was closed with 1000. Cancelling the block closes it, too.
 
     Raises `WebSocketDenied` for a refusal, `TimeoutError`, and what the view raised,
     unless the client's `raise_request_exception` is off.
     """
+    from django.test import AsyncClient
+
+    client = client or AsyncClient()
     url = urlsplit(str(path))
-    defaults = getattr(client, "defaults", {})
     lines: dict[str, Any] = {
-        "host": url.netloc or defaults.get("SERVER_NAME", "testserver"),
+        "host": url.netloc or client.defaults.get("SERVER_NAME", "testserver"),
         "connection": "Upgrade",
         "upgrade": "websocket",
+        "cookie": client.cookies.output([], "", ";").strip() or None,
     }
-    for name, value in defaults.items():
+    for name, value in client.defaults.items():
         if name.startswith("HTTP_") or is_async(client.request):
             lines[name.removeprefix("HTTP_").replace("_", "-").lower()] = value
-    cookies = getattr(client, "cookies", {})
-    if cookies:
-        pairs = [f"{one.key}={one.coded_value}" for one in cookies.values()]
-        lines["cookie"] = "; ".join(pairs)
     lines |= {name.lower(): value for name, value in (headers or {}).items()}
     scheme = "https" if url.scheme in ("https", "wss") else "http"
     lines.setdefault("origin", f"{scheme}://{lines['host']}")
     scope: Scope = {
         "type": "websocket",
         "asgi": {"version": "3.0", "spec_version": "2.5"},
-        "http_version": "1.1",
         "scheme": scheme.replace("http", "ws"),
         "path": unquote(url.path),
-        "raw_path": url.path.encode(),
         "query_string": url.query.encode(),
-        "root_path": "",
         "headers": [
             (name.encode("ascii"), str(value).encode("latin-1"))
             for name, value in lines.items()
@@ -1908,19 +1894,16 @@ async def connect(
         "subprotocols": list(subprotocols),
         "extensions": {"websocket.http.response": {}},
     }
-    errors = getattr(client, "raise_request_exception", True)
-    socket = scope["django_ws"] = _Client(scope, timeout, errors)
-    denied, hanging = None, ""
-    signals.got_request_exception.connect(socket._store_error, weak=False)
+    socket = scope["django_ws"] = _Client(scope, timeout)
+    if client.raise_request_exception:
+        signals.got_request_exception.connect(socket._store_error)
     # In the test's own context: its transaction is seen.
     task = asyncio.create_task(socket._run(application))
     try:
         try:
-            try:
-                await socket._handshake()
-            except WebSocketDenied as error:
-                denied = error
-            else:
+            await socket._handshake()
+            accepted = socket.connected
+            if accepted:
                 yield socket
         finally:
             await socket.close()
@@ -1933,12 +1916,12 @@ async def connect(
     finally:
         signals.got_request_exception.disconnect(socket._store_error)
         if not task.done():
-            hanging = " > ".join(one.f_code.co_name for one in _frames(task.get_coro()))
+            where = " > ".join(one.f_code.co_name for one in _frames(task.get_coro()))
+            hanging = TimeoutError(f"the view has not ended, it stands in {where}")
+            socket._error = socket._error or hanging
             task.cancel()
             await asyncio.wait([task], timeout=1)
-    cookies.update(socket.cookies)
+    client.cookies.update(socket.cookies)
     socket._raise_error()
-    if hanging:
-        raise TimeoutError(f"the view has not ended, it stands in {hanging}")
-    if denied is not None:
-        raise denied
+    if not accepted:
+        raise WebSocketDenied(socket._answer)
