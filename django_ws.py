@@ -1733,8 +1733,7 @@ class _Client(_End):
         self.cookies = self._answer.cookies
         self._state = "connecting"
         self._error: BaseException | None = None
-        # A view that sends far more than is received waits, as for a slow client.
-        self._received: asyncio.Queue[Event] = asyncio.Queue(10_000)
+        self._received: asyncio.Queue[Event] = asyncio.Queue()
         self._sent: asyncio.Queue[Event] = asyncio.Queue()
         self._sent.put_nowait({"type": ReceiveEvent.CONNECT})
 
@@ -1750,12 +1749,12 @@ class _Client(_End):
         except BaseException as error:  # pytest.fail() is no Exception
             self._error = error
         finally:  # where the application has not closed, the connection breaks
-            await self._received.put({"type": SendEvent.CLOSE, "code": 1006})
+            self._received.put_nowait({"type": SendEvent.CLOSE, "code": 1006})
 
     async def _take(self, event: Event) -> None:
         if self._state == "closed":
             raise OSError("the client has gone")  # as servers do (ASGI 2.4)
-        await self._received.put(event)
+        self._received.put_nowait(event)
 
     def _store_error(self, request: Any = None, **kwargs: Any) -> None:
         """Keep what a view raised, as the receiver of a signal of Django's."""
@@ -1789,8 +1788,6 @@ class _Client(_End):
         self._state, self._end = "closed", (code, reason)
         gone = {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
         self._sent.put_nowait(gone)
-        while not self._received.empty():  # a view that waits to send waits no longer
-            self._received.get_nowait()
 
     async def send(self, event: Event) -> None:
         """Send one event (a mapping) to the view: a message."""
