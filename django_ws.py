@@ -1439,23 +1439,20 @@ class _Lease(futures.Executor):
             if not worker.holders and not clean:
                 worker.submit(_tend_connections)
 
+    async def run(self, function: abc.Callable[..., Any], *args: Any) -> Any:
+        """Run a synchronous part of Django's, which sends its signals of a request."""
 
-async def _run_in_thread(
-    lease: _Lease, function: abc.Callable[..., Any], *args: Any
-) -> Any:
-    """Run a synchronous part of Django's, which sends its signals of a request."""
+        def call() -> Any:
+            with ExitStack() as stack:
+                if self.worker is None:
+                    # In the thread of a TestCase, whose transaction the signals must
+                    # not end: Django's own test client takes the same care.
+                    for signal in (signals.request_started, signals.request_finished):
+                        signal.disconnect(close_old_connections)
+                        stack.callback(signal.connect, close_old_connections)
+                return function(*args)
 
-    def run() -> Any:
-        with ExitStack() as stack:
-            if lease.worker is None:
-                # In the thread of a TestCase, whose transaction the signals must not
-                # end: Django's own test client takes the same care.
-                for signal in (signals.request_started, signals.request_finished):
-                    signal.disconnect(close_old_connections)
-                    stack.callback(signal.connect, close_old_connections)
-            return function(*args)
-
-    return await sync_to_async(run)()
+        return await sync_to_async(call)()
 
 
 class WebSocketHandler(asgi.ASGIHandler):
@@ -1498,7 +1495,7 @@ class WebSocketHandler(asgi.ASGIHandler):
 
     async def serve(self, socket: WebSocket) -> None:
         """Run the handshake and the view of one connection."""
-        response = await _run_in_thread(socket._lease, self.start, socket)
+        response = await socket._lease.run(self.start, socket)
         if not isinstance(response, _SwitchingProtocols):
             return await self.refuse(socket, response)
         socket._lease.release(clean=True)
@@ -1590,7 +1587,7 @@ class WebSocketHandler(asgi.ASGIHandler):
     ) -> None:
         """Refuse for what a view returned or raised before accept()."""
         call = self.get_refusal, socket.request, result, handshake
-        await self.refuse(socket, await _run_in_thread(socket._lease, *call))
+        await self.refuse(socket, await socket._lease.run(*call))
 
     def get_refusal(
         self, request: asgi.ASGIRequest, result: Any, handshake: http.HttpResponse
@@ -1703,7 +1700,7 @@ class WebSocketHandler(asgi.ASGIHandler):
                     await socket._send(event)
             socket._refuse = None
         finally:
-            await _run_in_thread(socket._lease, response.close)
+            await socket._lease.run(response.close)
 
 
 def websockets(app: Application) -> Application:
