@@ -28,7 +28,6 @@ your error pages. Serve it with an ASGI server that speaks WebSocket, for exampl
 import asyncio
 import contextvars
 import enum
-import importlib.util
 import inspect
 import io
 import json
@@ -44,7 +43,6 @@ from collections import abc, deque
 from concurrent import futures
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial, update_wrapper
-from itertools import chain
 from typing import Any, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -147,13 +145,13 @@ class CloseCode(enum.IntEnum):
 # What can go wrong
 
 
-def _close_arguments(code: int, reason: str = "") -> tuple[int, str]:
-    """Return what may stand in a close frame (RFC 6455, sections 5.5.1 and 7.4)."""
+def _close_event(code: int, reason: str = "") -> dict[str, Any]:
+    """Return the event for a close frame (RFC 6455, sections 5.5.1 and 7.4)."""
     if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
         raise ValueError(f"{code!r} is no close code that may be sent")
     if len(reason.encode()) > 123:
         raise ValueError("a close reason has at most 123 bytes of UTF-8")
-    return int(code), reason
+    return {"type": SendEvent.CLOSE, "code": int(code), "reason": reason}
 
 
 class WebSocketDisconnect(Exception):
@@ -183,7 +181,7 @@ class InvalidMessage(Exception):
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(code, message)
-        self.code = _close_arguments(code)[0]
+        self.code: int = _close_event(code)["code"]
 
     def __str__(self) -> str:
         return str(self.args[1])
@@ -412,10 +410,12 @@ class WebSocket(_End):
     being sent was sent whole, or not at all.
     """
 
-    #: Seconds after which it is asked whether a busy view's client has left, and those
-    #: that a view has to clean up where it is not certain that it knows of the end.
+    #: Seconds after which it is asked whether a busy view's client has left; those that
+    #: a view has to clean up where it is not certain that it knows of the end; and
+    #: those that a slow client has to read what was sent to groups before the end.
     WATCH = 1.0
     GRACE = 30.0
+    FLUSH = 5.0
 
     _message = "websocket.send"
 
@@ -452,10 +452,9 @@ class WebSocket(_End):
         self._receiver: asyncio.Task[Any] | None = None
         self._ahead: asyncio.Future[Event] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        # How often the view began to send and was done with it; the groups that it is
-        # in, and what these send.
-        self._begun = self._done = 0
-        self._groups: frozenset[str] = frozenset()
+        # How often the view sent; the groups that it is in, and what these send.
+        self._sends = 0
+        self._groups: set[str] = set()
         self._outbox: _Outbox | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -580,13 +579,6 @@ class WebSocket(_End):
             self._end = event.get("code") or default, event.get("reason") or ""
             if self._receiver is not None:
                 self._receiver.cancel()
-            elif (
-                # It is not the view's own doing, nor will it hear of it by sending.
-                SyncToAsync.thread_sensitive_context.get(None) is not self._context
-                and self._begun == self._done
-                and not (self._outbox and self._outbox.awaited)
-            ):
-                self._look()
             self._watch()  # over the view's task, where another task learns of it
 
     def _disconnect(self) -> WebSocketDisconnect:
@@ -606,17 +598,17 @@ class WebSocket(_End):
             self._timer.cancel()
         if self._ahead is not None:
             self._ahead.cancel()
-        for group in self._groups:
-            _groups().leave(group, self)
-        self._groups = frozenset()
+        while self._groups:
+            group = self._groups.pop()
+            _groups(group).leave(group, self)
 
     async def send(self, event: Event) -> None:
         """Send one ASGI event (a mapping) to the server.
 
         `websocket.accept` or `websocket.close` before the handshake's end,
         `websocket.send` or `websocket.close` after it. It waits while the client reads
-        more slowly than the view sends (the server's back-pressure), and for what was
-        sent to the socket's groups before.
+        more slowly than the view sends (the server's back-pressure), and may then
+        overtake what was sent to the socket's groups.
 
         Cancelling it is safe: the event was sent, or it was not; part of it never.
 
@@ -639,13 +631,9 @@ class WebSocket(_End):
                 self._state = "open"
             else:
                 raise RuntimeError(f"call accept() before sending a {kind}")
-        if self._outbox is not None and self._outbox.busy:
-            if not await self._outbox.send(event):
-                raise self._disconnect()
-            return
-        self._begun += 1
+        self._sends += 1
         try:
-            if not self._begun & 1023:
+            if not self._sends & 1023:
                 # The turn of others. A server's send need not wait, least of all when
                 # its client has gone: a view that only sends would stop the process.
                 await asyncio.sleep(0)
@@ -660,10 +648,6 @@ class WebSocket(_End):
             if self._refuse is not None and self._state == "open":
                 self._state = "connecting"  # no answer to the handshake went out
             raise
-        finally:
-            self._done += 1
-            if self._outbox is not None:
-                self._outbox.changed.set()
         if self._refuse is not None:  # that was the answer
             self._connect = self._refuse = None
             self._headers = ()
@@ -715,15 +699,22 @@ class WebSocket(_End):
         nothing sent.
         Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close - send event".
         """
-        code, reason = _close_arguments(code, reason)
-        close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+        close = _close_event(code, reason)
         if self._state == "connecting" and self._refuse:
             await self._refuse(None)
             self._ended(close)
             self._disconnect()
         elif self._state != "closed":
+            await self._flush()
             with suppress(WebSocketDisconnect):
                 await self.send(close)
+
+    async def _flush(self) -> None:
+        """Let the client read what was sent to groups, for some seconds at most."""
+        if self._outbox is not None and self._outbox.task is not None:
+            task = self._outbox.task
+            await asyncio.wait([task], timeout=self.FLUSH)
+            task.cancel()
 
     async def join(self, group: str) -> None:
         """Put the socket into a group (str) until it leaves or ends.
@@ -738,8 +729,8 @@ class WebSocket(_End):
             raise RuntimeError("call accept() before join()")
         if self._state == "closed" or self._task is None:  # a task outlived the view
             raise self._disconnect()
-        groups = _groups()
-        self._groups |= {_name(group)}
+        groups = _groups(group)
+        self._groups.add(group)
         await groups.join(group, self)
 
     async def leave(self, group: str) -> None:
@@ -748,139 +739,64 @@ class WebSocket(_End):
         Cancelling it is safe. It raises nothing, also after the end.
         """
         if group in self._groups:
-            self._groups -= {group}
-            _groups().leave(group, self)
+            self._groups.remove(group)
+            _groups(group).leave(group, self)
 
 
 # Groups
 
 
-def _name(group: str) -> str:
-    if not isinstance(group, str):
-        raise TypeError(f"a group's name is a str, not {type(group).__name__}")
-    return group
-
-
 class _Outbox:
-    """What groups send to one socket, in order, by a task that lives as long as needed.
+    """What groups send to one socket, in order.
 
-    On Python 3.12 and later that task starts at once, and mostly has then ended, too:
-    without back-pressure from the server nothing waits here.
+    Without back-pressure from the server nothing waits here.
     """
 
     # Seconds that broadcasts wait for a client that has no room left; what they waited
     # comes back a hundred times more slowly. One that reads makes room in a fraction of
     # it, and is only outrun by a view that broadcasts without a pause.
     PATIENCE = 0.25
-    EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
     def __init__(self, socket: WebSocket) -> None:
         self.socket = socket
-        # Each with the future that a view waits for which sent it by itself.
-        self.events: deque[tuple[Event, asyncio.Future[bool] | None]] = deque()
-        self.busy = False
-        self.task: asyncio.Task[None] | None = None
-        self.awaited = 0  # by how many tasks
+        self.events: deque[Event] = deque()
+        self.task: asyncio.Task[None] | None = None  # that sends them just now
         self.changed = asyncio.Event()  # something was sent
         self.patient_again = 0.0  # when all of the patience will have come back
 
-    def push(self, event: Event, future: asyncio.Future[bool] | None = None) -> None:
-        """Send an event after those before it."""
-        self.events.append((event, future))
-        if not self.busy:
-            self.busy = True
-            loop = asyncio.get_running_loop()
-            task = asyncio.Task(self.drain(), loop=loop, **self.EAGER)
-            self.task = task if self.busy else None
-
     async def drain(self) -> None:
         """Send all that waits, as fast as the client reads."""
+        task: Any = asyncio.current_task()
+        self.task = task
         try:
-            # Not at the same time as the view.
-            while self.socket._begun != self.socket._done:
-                self.changed.clear()
-                await self.changed.wait()
             while self.events:
-                event, future = self.events.popleft()
-                sent = False
-                try:
-                    await self.socket._send(event)
-                    sent = True
-                finally:
-                    self.changed.set()
-                    if future is not None and not future.done():
-                        future.set_result(sent)
+                await self.socket._send(self.events.popleft())
+                self.changed.set()
         except (Exception, asyncio.CancelledError) as error:
-            task: Any = asyncio.current_task()
-            if not task.cancelling():  # by end()
+            self.events.clear()
+            self.changed.set()
+            if not task.cancelling():  # by the socket's end
                 if not isinstance(error, (OSError, RuntimeError)):
                     _logger.error("A message to a group was not sent", exc_info=error)
                 self.socket._ended({"code": CloseCode.ABNORMAL_CLOSURE})
         finally:
-            if self.events:
-                self.drop()
-            self.busy, self.task = False, None
-
-    def drop(self) -> None:
-        """Send nothing of what waits."""
-        for _, future in self.events:
-            if future is not None and not future.done():
-                future.set_result(False)
-        self.events.clear()
-        self.changed.set()
-
-    async def send(self, event: Event) -> bool:
-        """Send an event of the view's own in its turn; return whether it was sent."""
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self.push(event, future)
-        self.awaited += 1
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if event["type"] != "websocket.close":  # the end is the end
-                with suppress(ValueError):  # it is being sent
-                    self.events.remove((event, future))
-            raise
-        finally:
-            self.awaited -= 1
-
-    def count(self) -> int:
-        """Return how much of what groups sent waits."""
-        return len(self.events) - self.awaited
+            self.task = None
 
     async def make_room(self, limit: int) -> None:
-        """Wait a moment for room; without it, the client loses its connection."""
+        """Wait a moment for room; without it, give the client up, and tell it so."""
         start = time.monotonic()
         spent = max(0.0, self.patient_again - start) / 100
         with suppress(TimeoutError):
             async with asyncio.timeout(self.PATIENCE - spent):
-                while self.count() >= limit:
+                while len(self.events) >= limit:
                     self.changed.clear()
                     await self.changed.wait()
         spent += time.monotonic() - start
         self.patient_again = start + 100 * spent
-        if self.count() >= limit:
-            self.overflow()
-
-    def overflow(self) -> None:
-        """Give up a client that reads too slowly, but for the news that it was."""
-        if self.socket._state == "open":
-            code, reason = CloseCode.TRY_AGAIN_LATER, "reads too slowly"
-            close = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+        if len(self.events) >= limit and self.socket._state == "open":
+            close = _close_event(CloseCode.TRY_AGAIN_LATER, "reads too slowly")
             self.socket._ended(close)
-            self.drop()
-            self.push(close)
-
-    async def end(self, seconds: float) -> None:
-        """Send what waits, for some seconds at most."""
-        if self.task is not None:
-            task = self.task
-            try:
-                await asyncio.wait([task], timeout=seconds)
-            finally:
-                task.cancel()
-                self.drop()
-                self.busy, self.task = False, None
+            self.events = deque([close])
 
 
 class _Group(set[WebSocket]):
@@ -896,11 +812,12 @@ class _Groups:
 
     # The event loops of this process that have sockets in groups.
     loops: ClassVar[dict[asyncio.AbstractEventLoop, "_Groups"]] = {}
+    # A task that starts at once shows by itself whether it has to wait for a client.
+    EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.limit: int = options["OUTBOX"]
         self.members: dict[str, _Group] = {}
-        self.pushes = 0
 
     async def join(self, group: str, socket: WebSocket) -> None:
         """Add a socket; what is published from now on reaches it."""
@@ -935,19 +852,33 @@ class _Groups:
         """Send an event to the group's sockets on this loop."""
         members = self.members.get(group, _Group())
         close = event["type"] == SendEvent.CLOSE
-        async with members.lock:
-            full = []
-            for socket in tuple(members):
+        full = []
+
+        async def send_to(batch: list[WebSocket]) -> None:
+            while batch:
+                socket = batch.pop()
                 if socket._state == "open" and socket in members:
                     outbox = socket._outbox = socket._outbox or _Outbox(socket)
                     if close:  # at once, also for a client that does not read
                         socket._ended(event)
-                    outbox.push(event)
-                    if outbox.busy and not close and outbox.count() >= self.limit:
+                    outbox.events.append(event)
+                    if outbox.task is None:
+                        await outbox.drain()
+                    elif not close and len(outbox.events) >= self.limit:
                         full.append(outbox)
-                self.pushes += 1
-                if self.pushes % 250 == 0:
+
+        async with members.lock:
+            waiting = list(members)
+            while waiting:
+                batch = waiting[-250:]
+                del waiting[-250:]
+                loop = asyncio.get_running_loop()
+                asyncio.Task(send_to(batch), loop=loop, **self.EAGER)
+                if waiting and not batch or not self.EAGER:
                     await asyncio.sleep(0)  # the turn of the sockets outside the group
+                # The server waits for a client: from now on the task is that one's.
+                waiting += batch
+                batch.clear()
             if full:  # all at once: none waits for another's sake
                 await asyncio.gather(*[one.make_room(self.limit) for one in full])
 
@@ -967,28 +898,20 @@ class _RedisGroups(_Groups):
 
         super().__init__(options)
         self.prefix = options["PREFIX"]
+        url = options["REDIS_URL"]
+        # Who listens must know when the connection breaks.
+        self.subscriber: Any = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
         # To publish there is a second try, since Redis may have closed a connection
-        # that was idle; many broadcasts at once wait for each other. Who listens must
-        # know when the connection breaks.
-        self.client, self.subscriber = (
-            Redis.from_pool(
-                BlockingConnectionPool.from_url(
-                    options["REDIS_URL"],
-                    max_connections=10,
-                    retry=Retry(NoBackoff(), tries),
-                )
-            )
-            for tries in (1, 0)
-        )
+        # that was idle; many broadcasts at once wait for each other.
+        retry = Retry(NoBackoff(), 1)
+        pool = BlockingConnectionPool.from_url(url, max_connections=10, retry=retry)
+        self.client: Any = Redis.from_pool(pool)
         self.listener: asyncio.Task[None] | None = None
-        self.down = False
-        # The groups that Redis was asked for, and those that joined or lost their last
-        # socket since; who waits to hear that Redis was asked for a group, and, for
-        # each ping on its way, who waits for its answer.
-        self.asked: set[str] = set()
+        self.pause = 0.0  # while Redis is away
+        # The groups that were joined or lost their last socket since Redis was asked;
+        # for each ping on its way, and the next one, who waits for its answer.
         self.changed: set[str] = set()
-        self.joining: list[asyncio.Future[None]] = []
-        self.pings: deque[list[asyncio.Future[None]]] = deque()
+        self.pings: deque[list[asyncio.Future[None]]] = deque([[]])
         self.wake = asyncio.Event()
 
     def channel(self, group: str) -> bytes:
@@ -999,7 +922,7 @@ class _RedisGroups(_Groups):
         await super().join(group, socket)
         loop = asyncio.get_running_loop()
         confirmed = loop.create_future()
-        self.joining.append(confirmed)
+        self.pings[-1].append(confirmed)
         self.changed.add(group)
         self.wake.set()
         if self.listener is None:
@@ -1017,33 +940,24 @@ class _RedisGroups(_Groups):
 
     async def listen(self) -> None:
         """Listen to Redis while there are members; connect again and again."""
-        pause = self.PAUSES[0]
         while self.members:
-            pubsub: Any = self.subscriber.pubsub()
             try:
-                await pubsub.connect()
-                # All over again, on a connection that knows of nothing.
-                self.asked, self.changed = set(), set(self.members)
-                self.joining.extend(chain(*self.pings))
-                self.pings.clear()
-                async with asyncio.TaskGroup() as tasks:
-                    reader = tasks.create_task(self.read(pubsub))
-                    await self.subscribe(pubsub)
-                    reader.cancel()
-            except Exception as error:  # whatever it is, sockets wait for their groups
-                if isinstance(error, ExceptionGroup):
-                    error = error.exceptions[0]
-                if not self.down:
+                async with self.subscriber.pubsub() as pubsub:
+                    await pubsub.connect()
+                    self.pings = deque([sum(self.pings, [])])
+                    async with asyncio.TaskGroup() as tasks:
+                        reader = tasks.create_task(self.read(pubsub))
+                        await self.subscribe(pubsub)
+                        reader.cancel()
+            except* Exception as group:  # whatever it is, sockets wait for their groups
+                if not self.pause:
+                    error = group.exceptions[0]
                     _logger.warning("Redis is away, groups get no messages: %s", error)
-                    self.down, pause = True, self.PAUSES[0]
-                await asyncio.sleep(pause * random.uniform(0.5, 1))
-                pause = min(2 * pause, self.PAUSES[1])
-            finally:
-                await pubsub.aclose()
+                self.pause = min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
+                await asyncio.sleep(self.pause * random.uniform(0.5, 1))
         self.listener = None
-        self.confirm(chain(self.joining, *self.pings))  # whoever left before
-        for client in (self.client, self.subscriber):
-            await client.connection_pool.disconnect(inuse_connections=False)
+        self.confirm(sum(self.pings, []))  # whoever left before
+        await self.client.connection_pool.disconnect(inuse_connections=False)
 
     def confirm(self, joining: abc.Iterable[asyncio.Future[None]]) -> None:
         """Let those who join go on, but for who has given up."""
@@ -1056,13 +970,14 @@ class _RedisGroups(_Groups):
 
         Redis answers in order: the answer to a ping confirms all that was asked before.
         """
+        # All over again, on a connection that knows of nothing.
+        asked, self.changed = set[str](), set(self.members)
         while self.members:
             changed, self.changed = self.changed, set()
-            new = (changed & self.members.keys()) - self.asked
-            old = (changed & self.asked) - self.members.keys()
-            joining, self.joining = self.joining, []
-            self.pings.append(joining)
-            self.asked = (self.asked | new) - old
+            new = (changed & self.members.keys()) - asked
+            old = (changed & asked) - self.members.keys()
+            asked = (asked | new) - old
+            self.pings.append([])
             if new:
                 await pubsub.subscribe(*map(self.channel, new))
             if old:
@@ -1073,22 +988,20 @@ class _RedisGroups(_Groups):
 
     async def read(self, pubsub: Any) -> None:
         """Handle what Redis sends."""
-        silent = False
         while True:
             message = await pubsub.get_message(timeout=self.SILENCE)
-            if message is not None:
-                await self.handle(message)
-            elif silent:
-                raise ConnectionError("Redis does not answer")
-            else:
+            if message is None:
                 self.wake.set()  # for a ping
-            silent = message is None
+                message = await pubsub.get_message(timeout=self.SILENCE)
+            if message is None:
+                raise ConnectionError("Redis does not answer")
+            await self.handle(message)
 
     async def handle(self, message: dict[str, Any]) -> None:
-        if message["type"] == "pong" and self.pings:
-            if self.down:
+        if message["type"] == "pong":
+            if self.pause:
                 _logger.warning("Redis is back: groups work again")
-                self.down = False
+                self.pause = 0.0
             self.confirm(self.pings.popleft())
         elif message["type"] == "message":
             channel = message["channel"].decode("utf-8", "surrogatepass")
@@ -1100,16 +1013,14 @@ class _RedisGroups(_Groups):
                     event = {"type": SendEvent.SEND, "text": data.decode()}
                 elif kind == b"c":
                     number, _, reason = data.decode().partition(" ")
-                    code, reason = _close_arguments(int(number), reason)
-                    event = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
+                    event = _close_event(int(number), reason)
             except ValueError:
                 return _logger.warning("No message of django_ws: %r", message)
             await self.deliver(group, event)
 
     async def publish(self, group: str, event: Event) -> None:
         """Publish an event on Redis; the listeners of all processes deliver it."""
-        from redis.exceptions import ConnectionError as RedisConnectionError
-        from redis.exceptions import TimeoutError as RedisTimeoutError
+        from redis import exceptions
 
         if event["type"] == SendEvent.CLOSE:
             data = b"c" + f"{event['code']} {event['reason']}".encode()
@@ -1119,15 +1030,15 @@ class _RedisGroups(_Groups):
             data = b"b" + event["bytes"]
         try:
             await self.client.publish(self.channel(group), data)
-        except RedisTimeoutError as error:
-            raise RedisConnectionError("Redis does not answer") from error
+        except exceptions.TimeoutError as error:
+            raise exceptions.ConnectionError("Redis does not answer") from error
         finally:
             if self.listener is None:  # a process, or a loop, without sockets
                 await self.client.connection_pool.disconnect(inuse_connections=False)
 
 
-def _options() -> dict[str, Any]:
-    """Return `settings.WEBSOCKETS` with its defaults; raise for what is wrong there."""
+def _new_groups() -> _Groups:
+    """Make what `settings.WEBSOCKETS` asks for, or raise for what is wrong there."""
     options: dict[str, Any] = {"REDIS_URL": "", "PREFIX": "django_ws", "OUTBOX": 100}
     given = getattr(conf.settings, "WEBSOCKETS", {})
     if not isinstance(given, dict):
@@ -1144,26 +1055,24 @@ def _options() -> dict[str, Any]:
         raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be 1 or more")
     if ":" in options["PREFIX"]:  # else "a" with the group "b:c" were "a:b" with "c"
         raise ImproperlyConfigured("WEBSOCKETS['PREFIX'] must have no colon")
-    if options["REDIS_URL"]:
-        if not importlib.util.find_spec("redis"):
-            raise ImproperlyConfigured("WEBSOCKETS['REDIS_URL']: pip install redis")
-        from redis.asyncio import BlockingConnectionPool
+    if not options["REDIS_URL"]:
+        return _Groups(options)
+    try:
+        groups = _RedisGroups(options)
+        groups.client.connection_pool.make_connection()
+    except ImportError as error:
+        wrong = "WEBSOCKETS['REDIS_URL'] needs redis-py: pip install redis"
+        raise ImproperlyConfigured(wrong) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
+    return groups
 
-        try:
-            pool: Any = BlockingConnectionPool.from_url(options["REDIS_URL"])
-            pool.make_connection()
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
-    return options
 
-
-def _groups() -> _Groups:
-    """Return the groups of the running event loop."""
-    here = _Groups.loops.get(asyncio.get_running_loop())
-    if here is None:
-        options = _options()
-        here = _RedisGroups(options) if options["REDIS_URL"] else _Groups(options)
-    return here
+def _groups(group: str) -> _Groups:
+    """Return the groups of the running event loop, among them one of this name."""
+    if not isinstance(group, str):
+        raise TypeError(f"a group's name is a str, not {type(group).__name__}")
+    return _Groups.loops.get(asyncio.get_running_loop()) or _new_groups()
 
 
 async def broadcast(group: str, message: Any) -> None:
@@ -1188,7 +1097,7 @@ async def broadcast(group: str, message: Any) -> None:
             body = {"bytes": bytes(memoryview(message))}
         except TypeError:  # not bytes-like
             body = {"text": _json(message)}
-    await _groups().publish(_name(group), {"type": SendEvent.SEND, **body})
+    await _groups(group).publish(group, {"type": SendEvent.SEND, **body})
 
 
 async def close_group(
@@ -1203,9 +1112,7 @@ async def close_group(
 
     Raises `ValueError` as `WebSocket.close` does, and redis-py's `ConnectionError`.
     """
-    code, reason = _close_arguments(code, reason)
-    event = {"type": SendEvent.CLOSE, "code": code, "reason": reason}
-    await _groups().publish(_name(group), event)
+    await _groups(group).publish(group, _close_event(code, reason))
 
 
 # URLs
@@ -1458,9 +1365,6 @@ class _Lease(futures.Executor):
 class WebSocketHandler(asgi.ASGIHandler):
     """Django's request handler, for handshakes, and what comes after them."""
 
-    #: Seconds that a client has, when its view has ended, to read what waits for it.
-    FLUSH = 5.0
-
     def __init__(self, app: Application) -> None:
         self.app = app
         # Synchronous, unlike ASGIHandler: each of Django's middlewares in async mode
@@ -1509,7 +1413,7 @@ class WebSocketHandler(asgi.ASGIHandler):
         result, response.result = response.result, None
         del response  # an idle socket has no use for them
         result = await self.run_view(socket, result)
-        await self.flush(socket)
+        await socket._flush()
         if socket._refuse is None:
             await socket.close()
         elif socket._state == "closed":
@@ -1523,11 +1427,6 @@ class WebSocketHandler(asgi.ASGIHandler):
                 await socket._refuse(result)
             finally:
                 del result  # an exception, whose traceback leads back to this frame
-
-    async def flush(self, socket: WebSocket) -> None:
-        """Send what was broadcast before the view's end."""
-        if socket._outbox is not None:
-            await socket._outbox.end(self.FLUSH)
 
     async def run_view(self, socket: WebSocket, result: Any) -> Any:
         """Await a view; return what refuses the handshake where it did not accept."""
@@ -1549,7 +1448,7 @@ class WebSocketHandler(asgi.ASGIHandler):
                 if socket._told == "cancelled":
                     task.uncancel()
         except Exception as error:
-            await self.flush(socket)
+            await socket._flush()
             return await self.handle_exception(socket, error)
 
     def start(self, socket: WebSocket) -> Any:
@@ -1709,7 +1608,7 @@ def websockets(app: Application) -> Application:
     Wrap what `get_asgi_application()` returned. Each handshake passes
     `settings.MIDDLEWARE`, of which this makes instances of its own.
     """
-    _options()  # what is wrong in WEBSOCKETS, at the start and not at the first join()
+    _new_groups()  # what is wrong in WEBSOCKETS, now and not at the first join()
     return WebSocketHandler(app)
 
 
@@ -1798,9 +1697,9 @@ class _Client(_End):
         self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
     ) -> None:
         """Close the connection, as `WebSocket.close` does."""
-        code, reason = _close_arguments(code, reason)
+        event = _close_event(code, reason)
         if self._state != "closed":
-            self._closed(code, reason)
+            self._closed(event["code"], reason)
 
     async def _handshake(self) -> None:
         event = await self.receive("the answer to the handshake")
