@@ -436,12 +436,11 @@ class WebSocket(_End):
         self._connect: Event | None = connect
         self._refuse: Any = None
         self._headers: abc.Iterable[tuple[bytes, bytes]] = ()
-        # The view's task, and how it knows of the end: by an exception or its own
-        # close(), or because it was cancelled.
+        # The view's task; whether it knows of the end, by an exception or its own
+        # close(); and, where it was cancelled for the end, how often it was by then.
+        # Not always once: until Python 3.13 a TaskGroup that failed leaves one behind.
         self._task: asyncio.Task[Any] | None = None
-        self._told: Literal["", "raised", "cancelled"] = ""
-        # How often it was cancelled by then. Not always once: until Python 3.13
-        # a TaskGroup that failed leaves one behind.
+        self._told = False
         self._cancelling = 0
         # A task of the view's that learned of the end and may be cleaning up, when that
         # was, and where the view itself was then: if it has moved on since, it may
@@ -467,7 +466,7 @@ class WebSocket(_End):
 
     @property
     def scheme(self) -> str:
-        """`"wss"` or `"ws"` (str), by `HttpRequest.is_secure()`: it heeds proxies."""
+        """`"wss"` (encrypted, heeding SECURE_PROXY_SSL_HEADER) or `"ws"` (str)."""
         return "wss" if self.request.is_secure() else "ws"
 
     @property
@@ -559,7 +558,7 @@ class WebSocket(_End):
             elif ahead.done() and not ahead.cancelled() and not ahead.exception():
                 if ahead.result()["type"] == "websocket.disconnect":
                     self._ended(ahead.result())
-        if self._state != "closed" or self._told:
+        if self._state != "closed" or self._told or self._cancelling:
             return
         # Cancel the view, unless it may know of the end and be cleaning up.
         if self._heard is not None:
@@ -570,7 +569,7 @@ class WebSocket(_End):
         if self._task.cancelling() and sys.version_info >= (3, 13):
             return  # somebody else did
         self._task.cancel()
-        self._told, self._cancelling = "cancelled", self._task.cancelling()
+        self._cancelling = self._task.cancelling()
 
     def _ended(self, event: Event, default: int = 1005) -> None:
         """Note the end; whoever receives hears of it, others are looked after."""
@@ -586,7 +585,7 @@ class WebSocket(_End):
         task: Any = asyncio.current_task()
         context = SyncToAsync.thread_sensitive_context.get(None)
         if task is self._task:
-            self._told = self._told or "raised"
+            self._told = True
         elif self._task and not self._heard and context is self._context:
             self._heard = task, time.monotonic(), _position(self._task)
         return super()._disconnect()
@@ -627,9 +626,7 @@ class WebSocket(_End):
                 if kind == "websocket.accept":
                     raise RuntimeError("accept() was called before")
                 raise RuntimeError(f"{kind!r} is no event that can be sent")
-            elif kind == "websocket.accept":
-                self._state = "open"
-            else:
+            elif kind != "websocket.accept":
                 raise RuntimeError(f"call accept() before sending a {kind}")
         self._sends += 1
         try:
@@ -644,13 +641,11 @@ class WebSocket(_End):
             # a ping, a message too big) and `receive` has not told yet.
             self._ended({"code": CloseCode.ABNORMAL_CLOSURE})
             raise self._disconnect() from error
-        except BaseException:
-            if self._refuse is not None and self._state == "open":
-                self._state = "connecting"  # no answer to the handshake went out
-            raise
-        if self._refuse is not None:  # that was the answer
+        if self._refuse is not None:  # that was the answer to the handshake
             self._connect = self._refuse = None
             self._headers = ()
+            if self._state == "connecting":
+                self._state = "open"
 
     async def accept(
         self, subprotocol: str | None = None, headers: Headers = ()
@@ -1445,7 +1440,7 @@ class WebSocketHandler(asgi.ASGIHandler):
                 raise RuntimeError(message) from error
             finally:
                 socket._stop()
-                if socket._told == "cancelled":
+                if socket._cancelling:
                     task.uncancel()
         except Exception as error:
             await socket._flush()
