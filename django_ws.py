@@ -626,7 +626,9 @@ class WebSocket(_End):
                 if kind == "websocket.accept":
                     raise RuntimeError("accept() was called before")
                 raise RuntimeError(f"{kind!r} is no event that can be sent")
-            elif kind != "websocket.accept":
+            elif kind == "websocket.accept":
+                self._state = "open"
+            else:
                 raise RuntimeError(f"call accept() before sending a {kind}")
         self._sends += 1
         try:
@@ -641,11 +643,13 @@ class WebSocket(_End):
             # a ping, a message too big) and `receive` has not told yet.
             self._ended({"code": CloseCode.ABNORMAL_CLOSURE})
             raise self._disconnect() from error
-        if self._refuse is not None:  # that was the answer to the handshake
+        except BaseException:
+            if self._refuse is not None and self._state == "open":
+                self._state = "connecting"  # no answer to the handshake went out
+            raise
+        if self._refuse is not None:  # that was the answer
             self._connect = self._refuse = None
             self._headers = ()
-            if self._state == "connecting":
-                self._state = "open"
 
     async def accept(
         self, subprotocol: str | None = None, headers: Headers = ()
