@@ -1345,20 +1345,17 @@ class _Lease(futures.Executor):
             if not worker.holders and not clean:
                 worker.submit(_tend_connections)
 
-    async def run(self, function: abc.Callable[..., Any], *args: Any) -> Any:
+    @sync_to_async
+    def run(self, function: abc.Callable[..., Any], *args: Any) -> Any:
         """Run a synchronous part of Django's, which sends its signals of a request."""
-
-        def call() -> Any:
-            with ExitStack() as stack:
-                if self.worker is None:
-                    # In the thread of a TestCase, whose transaction the signals must
-                    # not end: Django's own test client takes the same care.
-                    for signal in (signals.request_started, signals.request_finished):
-                        signal.disconnect(close_old_connections)
-                        stack.callback(signal.connect, close_old_connections)
-                return function(*args)
-
-        return await sync_to_async(call)()
+        with ExitStack() as stack:
+            if self.worker is None:
+                # In the thread of a TestCase, whose transaction the signals must not
+                # end: Django's own test client takes the same care.
+                for signal in (signals.request_started, signals.request_finished):
+                    signal.disconnect(close_old_connections)
+                    stack.callback(signal.connect, close_old_connections)
+            return function(*args)
 
 
 class WebSocketHandler(asgi.ASGIHandler):
@@ -1546,7 +1543,7 @@ class WebSocketHandler(asgi.ASGIHandler):
             if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS and not denied:
                 raise rest
             traceback = error.__traceback__
-            await sync_to_async(self.report)(socket.request, rest)
+            await self.report(socket.request, rest)
             error.__traceback__ = traceback  # without a frame of asgiref's: no cycle
             if conf.settings.DEBUG:
                 reason = f"{type(rest).__name__}: {rest}"
@@ -1557,6 +1554,7 @@ class WebSocketHandler(asgi.ASGIHandler):
         await socket.close(code, reason)
         return None
 
+    @sync_to_async
     def report(self, request: asgi.ASGIRequest, error: Exception) -> None:
         """Log and signal an exception after accept() as Django does those of views."""
         if isinstance(error, PermissionDenied):
