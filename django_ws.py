@@ -149,6 +149,8 @@ def _close_event(code: int, reason: str = "") -> dict[str, Any]:
     """Return the event for a close frame (RFC 6455, sections 5.5.1 and 7.4)."""
     if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
         raise ValueError(f"{code!r} is no close code that may be sent")
+    if not isinstance(reason, str):
+        raise TypeError(f"a close reason is a str, not {type(reason).__name__}")
     if len(reason.encode()) > 123:
         raise ValueError("a close reason has at most 123 bytes of UTF-8")
     return {"type": SendEvent.CLOSE, "code": int(code), "reason": reason}
