@@ -4446,6 +4446,29 @@ class TestOutbox:
         slow = serve_slow(member, client)
         assert messages(slow) == [*map(str, range(1000))]
 
+    @pytest.mark.parametrize("how", ["reads", "breaks"])
+    def test_but_no_longer_than_it_takes(
+        self, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        monkeypatch.setattr(django_ws._Outbox, "PATIENCE", 10)
+
+        async def client(slow: Any) -> None:
+            await slow.stops()
+            for number in range(5):
+                await broadcast("room", str(number))
+            waiting = asyncio.create_task(broadcast("room", "5"))
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            if how == "breaks":
+                slow.error = OSError("gone")
+            slow.reads.set()
+            async with asyncio.timeout(2):
+                await waiting
+            slow.queue.put_nowait(GONE)
+
+        slow = serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5})
+        assert len(messages(slow)) == (6 if how == "reads" else 0)
+
     def test_a_close_waits_for_what_was_broadcast_before(self) -> None:
         async def client(slow: Any) -> None:
             await slow.stops()
