@@ -234,7 +234,8 @@ def _json(data: Any) -> str:
 class _End:
     """One end of a WebSocket: messages, on top of `receive` and `send`."""
 
-    _state: Literal["connecting", "open", "closed"]
+    # "lost" is a connection on which sending failed; receiving has yet to tell why.
+    _state: Literal["connecting", "open", "lost", "closed"]
     _end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
     # What each end adds: the primitives, and the type of the events that carry its
     # messages.
@@ -517,6 +518,8 @@ class WebSocket(_End):
                 if ahead.cancelled():  # the view has ended, this is a task it left
                     raise self._disconnect()
                 event = ahead.result()
+                if self._state == "closed" and event["type"] != "websocket.disconnect":
+                    raise self._disconnect()
             else:
                 event = await self._receive()
         except asyncio.CancelledError:
@@ -569,7 +572,7 @@ class WebSocket(_End):
             if busy and time.monotonic() < then + self.GRACE:
                 return self._watch()
         if self._task.cancelling() and sys.version_info >= (3, 13):
-            return  # somebody else did
+            return self._watch()  # somebody else did
         self._task.cancel()
         self._cancelling = self._task.cancelling()
 
@@ -614,12 +617,15 @@ class WebSocket(_End):
         Cancelling it is safe: the event was sent, or it was not; part of it never.
 
         Raises `RuntimeError` for an event that is out of turn, with nothing sent;
-        `WebSocketDisconnect` after the end.
+        `WebSocketDisconnect` after the end, with the code 1006 where only the server
+        knows of it yet: `receive` tells more.
         Source: ASGI, "WebSocket".
         """
         if self._state != "open" or event["type"] != "websocket.send":
             kind = event["type"]
-            if self._state == "closed":
+            if kind == "websocket.close":
+                await self._flush()
+            if self._state in ("lost", "closed"):
                 raise self._disconnect()
             if kind == "websocket.close":
                 self._ended(event, 1000)
@@ -642,8 +648,12 @@ class WebSocket(_End):
         except (OSError, RuntimeError) as error:
             # OSError is what a server raises when the client has gone (ASGI 2.4), and
             # RuntimeError what some raise where they closed by themselves (no answer to
-            # a ping, a message too big) and `receive` has not told yet.
-            self._ended({"code": CloseCode.ABNORMAL_CLOSURE})
+            # a ping, a message too big). What the client sent before, and why it went,
+            # `receive` has yet to tell.
+            if self._refuse is not None:
+                self._ended({"code": CloseCode.ABNORMAL_CLOSURE})
+            elif self._state == "open":
+                self._state = "lost"
             raise self._disconnect() from error
         except BaseException:
             if self._refuse is not None and self._state == "open":
@@ -706,7 +716,6 @@ class WebSocket(_End):
             self._ended(close)
             self._disconnect()
         elif self._state != "closed":
-            await self._flush()
             with suppress(WebSocketDisconnect):
                 await self.send(close)
 
@@ -728,7 +737,7 @@ class WebSocket(_End):
         """
         if self._state == "connecting":
             raise RuntimeError("call accept() before join()")
-        if self._state == "closed" or self._task is None:  # a task outlived the view
+        if self._state != "open" or self._task is None:  # a task outlived the view
             raise self._disconnect()
         groups = _groups(group)
         self._groups.add(group)
@@ -776,9 +785,11 @@ class _Outbox:
         except (Exception, asyncio.CancelledError) as error:
             self.events.clear()
             self.changed.set()
-            if not task.cancelling():  # by the socket's end
-                if not isinstance(error, (OSError, RuntimeError)):
-                    _logger.error("A message to a group was not sent", exc_info=error)
+            if isinstance(error, (OSError, RuntimeError)):  # as in WebSocket.send()
+                if self.socket._state == "open":
+                    self.socket._state = "lost"
+            elif not task.cancelling():  # by the socket's end
+                _logger.error("A message to a group was not sent", exc_info=error)
                 self.socket._ended({"code": CloseCode.ABNORMAL_CLOSURE})
         finally:
             self.task = None
@@ -813,8 +824,10 @@ class _Groups:
 
     # The event loops of this process that have sockets in groups.
     loops: ClassVar[dict[asyncio.AbstractEventLoop, "_Groups"]] = {}
-    # A task that starts at once shows by itself whether it has to wait for a client.
+    # A task that starts at once shows whether it has to wait for a client; if not, it
+    # can go on with the next.
     EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+    BATCH = 250 if EAGER else 1
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.limit: int = options["OUTBOX"]
@@ -869,17 +882,21 @@ class _Groups:
                         full.append(outbox)
 
         async with members.lock:
-            waiting = list(members)
+            waiting, sends = list(members), 0
             while waiting:
-                batch = waiting[-250:]
-                del waiting[-250:]
+                batch = waiting[-self.BATCH :]
+                del waiting[-self.BATCH :]
+                sends += len(batch)
                 loop = asyncio.get_running_loop()
                 asyncio.Task(send_to(batch), loop=loop, **self.EAGER)
-                if waiting and not batch or not self.EAGER:
+                if self.EAGER and batch:
+                    # The server waits for a client: the task is that one's from now on.
+                    sends -= len(batch)
+                    waiting += batch
+                    batch.clear()
+                if sends >= 250 or not (waiting or self.EAGER):
+                    sends = 0
                     await asyncio.sleep(0)  # the turn of the sockets outside the group
-                # The server waits for a client: from now on the task is that one's.
-                waiting += batch
-                batch.clear()
             if full:  # all at once: none waits for another's sake
                 await asyncio.gather(*[one.make_room(self.limit) for one in full])
 
@@ -914,6 +931,8 @@ class _RedisGroups(_Groups):
         self.changed: set[str] = set()
         self.pings: deque[list[asyncio.Future[None]]] = deque([[]])
         self.wake = asyncio.Event()
+        self.room = asyncio.Semaphore(100)
+        self.deliveries: set[asyncio.Task[None]] = set()
 
     def channel(self, group: str) -> bytes:
         return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
@@ -943,9 +962,11 @@ class _RedisGroups(_Groups):
         """Listen to Redis while there are members; connect again and again."""
         while self.members:
             try:
+                # All over again; who has given up is forgotten.
+                joining = [one for one in sum(self.pings, []) if not one.done()]
+                self.pings = deque([joining])
                 async with self.subscriber.pubsub() as pubsub:
                     await pubsub.connect()
-                    self.pings = deque([sum(self.pings, [])])
                     async with asyncio.TaskGroup() as tasks:
                         reader = tasks.create_task(self.read(pubsub))
                         await self.subscribe(pubsub)
@@ -971,7 +992,6 @@ class _RedisGroups(_Groups):
 
         Redis answers in order: the answer to a ping confirms all that was asked before.
         """
-        # All over again, on a connection that knows of nothing.
         asked, self.changed = set[str](), set(self.members)
         while self.members:
             changed, self.changed = self.changed, set()
@@ -1017,7 +1037,16 @@ class _RedisGroups(_Groups):
                     event = _close_event(int(number), reason)
             except ValueError:
                 return _logger.warning("No message of django_ws: %r", message)
-            await self.deliver(group, event)
+            # Who waits for a slow client in one group does not hold up the others; only
+            # so many do, for memory's sake.
+            await self.room.acquire()
+            task = asyncio.ensure_future(self.deliver(group, event))
+            self.deliveries.add(task)
+            task.add_done_callback(self.delivered)
+
+    def delivered(self, task: asyncio.Task[None]) -> None:
+        self.deliveries.discard(task)
+        self.room.release()
 
     async def publish(self, group: str, event: Event) -> None:
         """Publish an event on Redis; the listeners of all processes deliver it."""
@@ -1184,8 +1213,8 @@ def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponse]:
         # that are no browsers send none, and carry nobody's cookies by themselves.
         origin = request.META.get("HTTP_ORIGIN")
         if origin is not None and not getattr(handshake, "csrf_exempt", False):
-            # The one private corner of Django in this file: nothing public compares an
-            # origin without asking for a CSRF token too.
+            # Private, but nothing public compares an origin without asking for a CSRF
+            # token too.
             csrf: Any = CsrfViewMiddleware(lambda request: http.HttpResponse())
             if not csrf._origin_verified(request):
                 return csrf._reject(request, REASON_BAD_ORIGIN % origin)
@@ -1243,6 +1272,7 @@ class _Worker(futures.ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__(1, "django_ws")
         self.holders = self.jobs = 0
+        self.used = 0.0  # when a socket gave it back
 
 
 def _tend_connections(held: bool = False) -> None:
@@ -1297,6 +1327,10 @@ class _Lease(futures.Executor):
                 # the work of a quiet site. Where all are taken, sockets share.
                 self.worker = min(workers, key=lambda w: (w.jobs, w.holders))
                 self.worker.holders += 1
+                idle = time.monotonic() - self.worker.used
+                if self.worker.holders == 1 and idle > self.IDLE:
+                    # Connections on it may have grown too old meanwhile.
+                    self.worker.submit(_tend_connections)
             worker = self.worker
             self.jobs += 1
             worker.jobs += 1
@@ -1327,13 +1361,13 @@ class _Lease(futures.Executor):
         else:
             self.release()
 
-    def release(self, *, clean: bool = False, end: bool = False) -> None:
+    def release(self, end: bool = False) -> None:
         """Give the thread back, with its old connections closed as after a request.
 
         It stays while a job runs, a child task's say; at the socket's end until then.
         """
-        self.ended = self.ended or end
         with self.lock:
+            self.ended = self.ended or end
             # No other thread cancels it: at the end there is none any more.
             if self.timer is not None and (end or not self.jobs):
                 self.timer.cancel()
@@ -1343,8 +1377,9 @@ class _Lease(futures.Executor):
                 return
             self.worker = None
             worker.holders -= 1
+            worker.used = time.monotonic()
             # What another socket reads from an open cursor is not cut off.
-            if not worker.holders and not clean:
+            if not worker.holders:
                 worker.submit(_tend_connections)
 
     @sync_to_async
@@ -1400,7 +1435,7 @@ class WebSocketHandler(asgi.ASGIHandler):
         response = await socket._lease.run(self.start, socket)
         if not isinstance(response, _SwitchingProtocols):
             return await self.refuse(socket, response)
-        socket._lease.release(clean=True)
+        socket._lease.release()
         socket._refuse = partial(self.refuse_by_view, socket, response)
         cookies = [("Set-Cookie", c.OutputString()) for c in response.cookies.values()]
         socket._headers = [
@@ -1446,7 +1481,6 @@ class WebSocketHandler(asgi.ASGIHandler):
                 if socket._cancelling:
                     task.uncancel()
         except Exception as error:
-            await socket._flush()
             return await self.handle_exception(socket, error)
 
     def start(self, socket: WebSocket) -> Any:
@@ -1474,8 +1508,6 @@ class WebSocketHandler(asgi.ASGIHandler):
             response.result = error
         # The request is finished where the socket begins (signal request_finished).
         response.close()
-        if socket._lease.worker is not None and socket._lease.worker.holders == 1:
-            _tend_connections()
         urls.set_urlconf(getattr(socket.request, "urlconf", None))
         return response
 
@@ -1545,7 +1577,7 @@ class WebSocketHandler(asgi.ASGIHandler):
             if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS and not denied:
                 raise rest
             traceback = error.__traceback__
-            await self.report(socket.request, rest)
+            await self.report(socket.request, error, denied)
             error.__traceback__ = traceback  # without a frame of asgiref's: no cycle
             if conf.settings.DEBUG:
                 reason = f"{type(rest).__name__}: {rest}"
@@ -1557,9 +1589,9 @@ class WebSocketHandler(asgi.ASGIHandler):
         return None
 
     @sync_to_async
-    def report(self, request: asgi.ASGIRequest, error: Exception) -> None:
+    def report(self, request: asgi.ASGIRequest, error: Exception, denied: bool) -> None:
         """Log and signal an exception after accept() as Django does those of views."""
-        if isinstance(error, PermissionDenied):
+        if denied:
             message, status = "Forbidden (Permission denied): %s", 403
         else:
             message, status = "Internal Server Error: %s", 500
@@ -1628,7 +1660,8 @@ class _Client(_End):
         self.cookies = self._answer.cookies
         self._state = "connecting"
         self._error: BaseException | None = None
-        self._received: asyncio.Queue[Event] = asyncio.Queue()
+        # A view that sends far more than is received waits, as for a slow client.
+        self._received: asyncio.Queue[Event] = asyncio.Queue(10_000)
         self._sent: asyncio.Queue[Event] = asyncio.Queue()
         self._sent.put_nowait({"type": ReceiveEvent.CONNECT})
 
@@ -1644,12 +1677,12 @@ class _Client(_End):
         except BaseException as error:  # pytest.fail() is no Exception
             self._error = error
         finally:  # where the application has not closed, the connection breaks
-            self._received.put_nowait({"type": SendEvent.CLOSE, "code": 1006})
+            await self._received.put({"type": SendEvent.CLOSE, "code": 1006})
 
     async def _take(self, event: Event) -> None:
         if self._state == "closed":
             raise OSError("the client has gone")  # as servers do (ASGI 2.4)
-        self._received.put_nowait(event)
+        await self._received.put(event)
 
     def _store_error(self, request: Any = None, **kwargs: Any) -> None:
         """Keep what a view raised, as the receiver of a signal of Django's."""
@@ -1683,6 +1716,8 @@ class _Client(_End):
         self._state, self._end = "closed", (code, reason)
         gone = {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
         self._sent.put_nowait(gone)
+        while not self._received.empty():  # a view that waits to send waits no longer
+            self._received.get_nowait()
 
     async def send(self, event: Event) -> None:
         """Send one event (a mapping) to the view: a message."""

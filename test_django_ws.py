@@ -891,8 +891,8 @@ class TestMessages:
         [
             ("client", 4001, "bye"),
             ("server", 4002, "so long"),
-            ("OSError", 1006, ""),
-            ("RuntimeError", 1006, ""),
+            ("OSError", 4001, "bye"),  # which only receiving tells
+            ("RuntimeError", 4001, "bye"),
         ],
     )
     def test_after_the_end_everything_raises_disconnect_with_the_code(
@@ -901,14 +901,17 @@ class TestMessages:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
             if end == "client":
+                assert await socket.receive_text() == "before it left"
                 with pytest.raises(WebSocketDisconnect):
                     await socket.receive_text()
             elif end == "server":
                 await socket.close(4002, "so long")
             else:
                 drive.error = OSError() if end == "OSError" else RuntimeError()
-                with pytest.raises(WebSocketDisconnect):
-                    await socket.send_text("late")
+                for _ in range(2):
+                    with pytest.raises(WebSocketDisconnect, match="1006"):
+                        await socket.send_text("late")
+                assert await socket.receive_text() == "before it left"
             drive.error = AssertionError("the server was asked")
             calls = [getattr(socket, name)() for name in [*RECEIVERS, "receive"]]
             calls += [getattr(socket, name)(data) for name, data in SENDERS]
@@ -920,7 +923,7 @@ class TestMessages:
             checked.append(end)
 
         checked: list[str] = []
-        drive = Drive(GONE)
+        drive = Drive(text("before it left"), GONE)
         drive.run(view)
         assert checked == [end]
 
@@ -1667,6 +1670,37 @@ class TestHandshake:
             drive = Drive(query_string=query)
             drive.run(view, MIDDLEWARE=[f"{__name__}.tenants"])
         assert tenants == [None, None]
+
+    def test_nor_where_handshakes_share_a_thread(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from django.db import connection
+
+        monkeypatch.setattr(django_ws._Lease, "SIZE", 1)
+        monkeypatch.setattr(django_ws._Lease, "workers", [])
+        tenants: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.receive_text()
+            tenant = sync_to_async(lambda: getattr(connection, "tenant", None))
+            tenants.append(await tenant())
+
+        async def client(lives: list[Live]) -> None:
+            for live in lives:
+                await live.until(lambda: live.sent)
+            for live in lives:
+                live.queue.put_nowait(text("go"))
+                await asyncio.wait([live.task])
+
+        class OfATenant(Live):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scope["query_string"] = b"tenant=red"
+
+        middleware = [f"{__name__}.tenants"]
+        serve_all(5, view, client, kind=OfATenant, MIDDLEWARE=middleware)
+        assert tenants == [None] * 5
 
     def test_a_query_string_that_is_no_utf8_is_a_400(self) -> None:
         drive = Drive(query_string=b"a=\xff")
@@ -2881,6 +2915,7 @@ class TestGoneIsGone:
                 live.error = OSError()
                 with pytest.raises(WebSocketDisconnect):
                     await socket.send_text("x")
+                live.queue.put_nowait(GONE)
             else:
                 await socket.close(4001)
             await live.until(lambda: steps)
@@ -3013,7 +3048,53 @@ class TestGoneIsGone:
             logger.removeHandler(handler)
         assert live.task.exception() is None and not live.task.cancelling()
         [record] = [r for r in caplog.records if r.name == "django.request"]
-        assert record.exc_info and str(record.exc_info[1]) == "a bug"
+        assert record.exc_info
+        error: Any = record.exc_info[1]
+        assert str(error if raised == "view" else error.exceptions[0]) == "a bug"
+
+    @pytest.mark.skipif(sys.version_info < (3, 13), reason="cannot tell before 3.13")
+    def test_somebody_elses_cancellation_does_not_end_the_watch(
+        self, quick: None
+    ) -> None:
+        steps: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    try:
+                        await asyncio.sleep(3600)
+                    finally:
+                        await asyncio.sleep(0.2)  # the client leaves meanwhile
+                        steps.append("cleaned up")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                steps.append("cancelled")
+
+        async def client(live: Live) -> None:
+            await asyncio.sleep(0.1)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert steps == ["cleaned up", "cancelled"]
+
+    def test_what_was_read_ahead_is_not_received_after_ones_own_close(
+        self, quick: None
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await live.until(lambda: socket._ahead and socket._ahead.done())
+            await socket.close(4001)
+            for _ in range(2):
+                with pytest.raises(WebSocketDisconnect, match="4001"):
+                    await socket.receive_text()
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) == 2)
+
+        live = Live(text("read ahead"))
+        live.play(view, client)
 
     def test_a_view_that_listens_in_between_is_watched_on(self, quick: None) -> None:
         """A heartbeat: receive for a while, then do something else, and again."""
@@ -3517,6 +3598,32 @@ class TestThreads:
         assert (found[0][0] is found[1][0]) == (age > 0)
         assert not found[1][1]  # it was asked whether it is alive
 
+    def test_nor_is_one_used_that_has_grown_too_old_since(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from django.contrib.auth.models import User
+        from django.db import connection, connections
+
+        monkeypatch.setattr(django_ws._Lease, "IDLE", 0.1)
+        found: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            for _ in range(2):
+                await User.objects.acount()
+                found.append(await sync_to_async(lambda: connection.connection)())
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.3):
+                        await socket.receive_text()
+
+        connections.settings["default"]["CONN_MAX_AGE"] = 0.2
+        try:
+            Drive().run(view)
+        finally:
+            connections.settings["default"]["CONN_MAX_AGE"] = 0
+            Drive().run(just_querying)
+        assert found[0] is not found[1]
+
     def test_other_ways_to_threads_work(self, database: None) -> None:
         from django.contrib.auth.models import User
         from django.db import connection
@@ -3993,6 +4100,8 @@ class TestGroups:
             lives[2].error = KeyError("a server's bug")
             lives[3].error = asyncio.CancelledError()
             await broadcast("room", "a")
+            for live in lives[:2]:
+                live.queue.put_nowait(GONE)
             for live in lives[:4]:
                 await asyncio.wait([live.task])
                 live.error = None
@@ -4068,6 +4177,7 @@ class TestGroups:
             async def send(self, event: dict[str, Any]) -> None:
                 await super().send(event)
                 if event.get("text") == "tick":
+                    self.queue.put_nowait(GONE)
                     raise OSError("gone")
 
         Leaving().play(view, client_waits)
@@ -4469,6 +4579,69 @@ class TestOutbox:
         slow = serve_slow(member, client, WEBSOCKETS={"OUTBOX": 5})
         assert len(messages(slow)) == (6 if how == "reads" else 0)
 
+    def test_a_bare_close_waits_too(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await slow.stuck(socket)
+            await broadcast("room", "b")
+            asyncio.get_running_loop().call_later(0.05, slow.reads.set)
+            await socket.send({"type": "websocket.close", "code": 4005})
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+
+        class OneByOne(Slow):
+            async def send(self, event: dict[str, Any]) -> None:
+                await self.reads.wait()
+                await asyncio.sleep(0)
+                await super().send(event)
+
+        slow = OneByOne()
+        slow.play(view, client)
+        assert messages(slow) == ["a", "b"]
+        assert slow.sent[-1]["code"] == 4005
+
+    def test_an_exception_is_reported_before_the_client_has_read_all(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await slow.stuck(socket)
+            raise ValueError("a bug")
+
+        async def client(slow: Any) -> None:
+            slow.queue.put_nowait(text("go"))
+            await slow.until(lambda: "a bug" in caplog.text)
+            slow.reads.set()
+
+        slow = Slow()
+        slow.play(view, client)
+        assert messages(slow) == ["a"] and slow.sent[-1]["code"] == 1011
+
+    def test_a_large_group_of_slow_clients_leaves_others_their_turn(self) -> None:
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        class OneByOne(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                await asyncio.sleep(0)
+                await super().send(event)
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            task = asyncio.create_task(others())
+            await asyncio.sleep(0)
+            before = turns
+            await broadcast("room", "x")
+            assert 4 <= turns - before < 100  # of 250 members each
+            task.cancel()
+
+        for live in serve_all(1000, member, client, kind=OneByOne):
+            assert messages(live) == ["x"]
+
     def test_a_close_waits_for_what_was_broadcast_before(self) -> None:
         async def client(slow: Any) -> None:
             await slow.stops()
@@ -4617,6 +4790,7 @@ class TestOutbox:
         async def client(live: Live) -> None:
             await live.until(lambda: len(live.sent) > 1)
             await broadcast("room", "stuck")
+            live.queue.put_nowait(GONE)
             await asyncio.wait([live.task])
             await asyncio.sleep(0.1)  # nobody cancels this
 
@@ -4835,6 +5009,7 @@ class TestOutbox:
             await broadcast("room", "b")
             slow.error = OSError()
             slow.reads.set()
+            slow.queue.put_nowait(GONE)
             await asyncio.wait([slow.task])
 
         slow = serve_slow(member, client)
@@ -5386,6 +5561,45 @@ class TestRedisHere:
             await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
 
         serve_all(1, member, client, **redis_settings(redis))
+
+    def test_a_slow_client_delays_no_other_group(
+        self, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(django_ws._Outbox, "PATIENCE", 3)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join(socket.GET["group"])
+            await socket.send_text("joined")
+            await socket.receive_text()
+
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            slow, other = lives
+            slow.reads.clear()  # type: ignore[attr-defined]
+            for number in range(7):
+                await broadcast("slow", str(number))
+            start = time.monotonic()
+            await broadcast("other", "x")
+            await other.until(lambda: messages(other) == ["x"])
+            assert time.monotonic() - start < 1
+            slow.reads.set()  # type: ignore[attr-defined]
+            await slow.until(lambda: len(messages(slow)) == 7)
+            for live in lives:
+                live.queue.put_nowait(GONE)
+            await slow.until(lambda: len(asyncio.all_tasks()) == 1)
+
+        groups = iter(["slow", "other"])
+
+        class InGroup(Slow):
+            def __init__(self) -> None:
+                super().__init__()
+                self.scope["query_string"] = f"group={next(groups)}".encode()
+
+        options: Any = redis_settings(redis)
+        options["WEBSOCKETS"]["OUTBOX"] = 5
+        for live in serve_all(2, view, client, kind=InGroup, **options):
+            assert len(messages(live)) in (1, 7)
 
     def test_hundreds_of_broadcasts_at_once(self, redis: Redis) -> None:
         async def client(lives: list[Live]) -> None:
