@@ -315,8 +315,19 @@ def serve(*patterns: Any, ws: str = "auto", **options: Any) -> Iterator[Server]:
     overrides.setdefault("ROOT_URLCONF", urlconf(*patterns, **names))
     with override_settings(**overrides):
         application = websockets(get_asgi_application())
-        with Server(application, ws=ws, **options) as server:
+        failures: list[BaseException] = []
+
+        async def failing(scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await application(scope, receive, send)
+            except pytest.fail.Exception as failure:
+                failures.append(failure)
+                raise
+
+        with Server(failing, ws=ws, **options) as server:
             yield server
+        for failure in failures:
+            raise failure
 
 
 def quiet(caplog: pytest.LogCaptureFixture) -> bool:
@@ -2408,6 +2419,12 @@ class TestAfterAccept:
 # ASGI: the lifetime
 
 
+def raise_failure(task: asyncio.Task[Any]) -> None:
+    """Raise what pytest.raises() and pytest.fail() raise in a view: no Exception."""
+    if not task.cancelled() and isinstance(task.exception(), pytest.fail.Exception):
+        task.result()
+
+
 class Live(Drive):
     """A connection whose client's events come when the test says so."""
 
@@ -2434,6 +2451,7 @@ class Live(Drive):
                 )
                 await client(self)
                 await asyncio.wait([self.task])
+            raise_failure(self.task)
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
         overrides.setdefault("ROOT_URLCONF", urlconf(websocket("ws/", view)))
@@ -3937,6 +3955,8 @@ def serve_all(
             for live in lives:
                 live.queue.put_nowait(GONE)
             await asyncio.wait([live.task for live in lives])
+        for live in lives:
+            raise_failure(live.task)
         assert not django_ws._Groups.loops  # nobody is left in any group
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
