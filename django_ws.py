@@ -1273,6 +1273,7 @@ class _Worker(futures.ThreadPoolExecutor):
         super().__init__(1, "django_ws")
         self.holders = self.jobs = 0
         self.used = 0.0  # when a socket gave it back
+        self.dirty = False  # whether it ran anything since its connections were tended
 
 
 def _tend_connections(held: bool = False) -> None:
@@ -1332,6 +1333,7 @@ class _Lease(futures.Executor):
                     # Connections on it may have grown too old meanwhile.
                     self.worker.submit(_tend_connections)
             worker = self.worker
+            worker.dirty = True
             self.jobs += 1
             worker.jobs += 1
         if self.timer is None and not self.ended:
@@ -1379,8 +1381,17 @@ class _Lease(futures.Executor):
             worker.holders -= 1
             worker.used = time.monotonic()
             # What another socket reads from an open cursor is not cut off.
-            if not worker.holders:
+            if worker.dirty and not worker.holders:
                 worker.submit(_tend_connections)
+
+    def tend(self) -> None:
+        """Tend the thread's connections from within a job, if it is this socket's."""
+        with self.lock:
+            worker = self.worker
+            if worker is None or worker.holders > 1:
+                return
+            worker.dirty = False
+        _tend_connections()
 
     @sync_to_async
     def run(self, function: abc.Callable[..., Any], *args: Any) -> Any:
@@ -1508,6 +1519,7 @@ class WebSocketHandler(asgi.ASGIHandler):
             response.result = error
         # The request is finished where the socket begins (signal request_finished).
         response.close()
+        socket._lease.tend()
         urls.set_urlconf(getattr(socket.request, "urlconf", None))
         return response
 

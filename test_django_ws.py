@@ -4203,6 +4203,15 @@ class TestGroups:
         Leaving().play(view, client_waits)
         assert ended == [True]
 
+    def test_what_another_loop_broadcasts_has_arrived_when_it_goes_on(self) -> None:
+        async def client(lives: list[Live]) -> None:
+            await all_joined(lives)
+            for number in range(20):
+                await asyncio.to_thread(asyncio.run, broadcast("room", str(number)))
+                assert len(messages(lives[0])) == number + 1
+
+        serve_all(1, member, client)
+
     def test_an_event_loop_that_stands_still_is_passed_over(self) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
@@ -5671,6 +5680,30 @@ class TestRedisHere:
             await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
 
         serve_all(2, member, client, **redis_settings(redis))
+
+    def test_joins_that_were_given_up_while_it_is_away_are_forgotten(
+        self, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(django_ws._RedisGroups, "PAUSES", (0.01, 0.02))
+        redis.stop()
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            for number in range(100):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.001):
+                        await socket.join(f"room {number}")
+            groups: Any = django_ws._Groups.loops[asyncio.get_running_loop()]
+            await live.until(lambda: sum(map(len, groups.pings)) < 10)
+            live.queue.put_nowait(GONE)
+            await socket.receive()
+
+        async def client(live: Live) -> None:
+            await asyncio.wait([live.task])
+            await live.until(lambda: len(asyncio.all_tasks()) == 1)
+
+        live = Live()
+        live.play(view, client, **redis_settings(redis))
 
     def test_a_loop_without_sockets_publishes_and_leaves_nothing(
         self, redis: Redis
