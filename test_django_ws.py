@@ -5686,6 +5686,7 @@ class TestRedisHere:
     ) -> None:
         monkeypatch.setattr(django_ws._RedisGroups, "PAUSES", (0.01, 0.02))
         redis.stop()
+        tried: list[int] = []
 
         async def view(socket: WebSocket) -> None:
             await socket.accept()
@@ -5693,17 +5694,17 @@ class TestRedisHere:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.001):
                         await socket.join(f"room {number}")
-            groups: Any = django_ws._Groups.loops[asyncio.get_running_loop()]
-            await live.until(lambda: sum(map(len, groups.pings)) < 10)
-            live.queue.put_nowait(GONE)
+                tried.append(number)
             await socket.receive()
 
         async def client(live: Live) -> None:
-            await asyncio.wait([live.task])
+            await live.until(lambda: len(tried) == 100)
+            groups: Any = django_ws._Groups.loops[asyncio.get_running_loop()]
+            await live.until(lambda: sum(map(len, groups.pings)) < 10)
+            live.queue.put_nowait(GONE)
             await live.until(lambda: len(asyncio.all_tasks()) == 1)
 
-        live = Live()
-        live.play(view, client, **redis_settings(redis))
+        Live().play(view, client, **redis_settings(redis))
 
     def test_a_loop_without_sockets_publishes_and_leaves_nothing(
         self, redis: Redis
