@@ -161,7 +161,8 @@ class WebSocketDisconnect(Exception):
 
     `code` is the close code (int) and `reason` its text (str, often empty), of
     whichever side closed; 1005 where the close frame had no code, 1006 where the
-    connection broke without one (RFC 6455, section 7.1.5).
+    connection broke without one (RFC 6455, section 7.1.5), or where sending failed and
+    receiving has yet to tell more.
     """
 
     def __init__(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:

@@ -4473,6 +4473,35 @@ class TestCloseGroup:
                 assert caught.value.rcvd.reason == "logged out"
         assert quiet(caplog)
 
+    def test_a_close_that_the_server_fails_to_send_is_still_the_end(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ends: list[int] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            try:
+                await socket.receive_text()
+            except WebSocketDisconnect as end:
+                ends.append(end.code)
+
+        class Failing(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event["type"] == "websocket.close":
+                    raise KeyError("a server's bug")
+                await super().send(event)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) == 2)
+            await close_group("room", 4001)
+            await asyncio.wait([live.task])
+
+        Failing().play(view, client)
+        assert ends == [4001]
+        assert "A message to a group was not sent" in caplog.text
+
 
 class Slow(Live):
     """A client that reads when the test lets it: the server's send waits until then."""
