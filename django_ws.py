@@ -828,7 +828,6 @@ class _Groups:
     # A task that starts at once shows whether it has to wait for a client; if not, it
     # can go on with the next.
     EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-    BATCH = 250 if EAGER else 1
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.limit: int = options["OUTBOX"]
@@ -883,19 +882,22 @@ class _Groups:
                         full.append(outbox)
 
         async with members.lock:
-            waiting, sends = list(members), 0
+            waiting, size, sends = list(members), 250, 0
             while waiting:
-                batch = waiting[-self.BATCH :]
-                del waiting[-self.BATCH :]
+                batch = waiting[-size:]
+                del waiting[-size:]
                 sends += len(batch)
                 loop = asyncio.get_running_loop()
                 asyncio.Task(send_to(batch), loop=loop, **self.EAGER)
-                if self.EAGER and batch:
+                if not self.EAGER and (size > 1 or not waiting):
+                    await asyncio.sleep(0)  # only now it starts
+                if size > 1 and batch:
                     # The server waits for a client: the task is that one's from now on.
                     sends -= len(batch)
                     waiting += batch
                     batch.clear()
-                if sends >= 250 or not (waiting or self.EAGER):
+                    size = 250 if self.EAGER else 1  # else each cost a turn of the loop
+                if sends >= 250:
                     sends = 0
                     await asyncio.sleep(0)  # the turn of the sockets outside the group
             if full:  # all at once: none waits for another's sake
