@@ -1713,6 +1713,38 @@ class TestHandshake:
         serve_all(5, view, client, kind=OfATenant, MIDDLEWARE=middleware)
         assert tenants == [None] * 5
 
+    def test_a_handshake_leaves_alone_who_shares_its_thread(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from django.db import connection
+
+        monkeypatch.setattr(django_ws._Lease, "SIZE", 1)
+        monkeypatch.setattr(django_ws._Lease, "workers", [])
+        second = asyncio.Event()
+
+        async def first_view(socket: WebSocket) -> None:
+            await socket.accept()
+            await sync_to_async(lambda: setattr(connection, "tenant", "red"))()
+            await socket.send_text("set")
+            await second.wait()
+            tenant = sync_to_async(lambda: getattr(connection, "tenant", "none"))
+            await socket.send_text(await tenant())
+
+        async def second_view(socket: WebSocket) -> None:
+            await socket.accept()
+            second.set()
+
+        async def main() -> None:
+            application = websockets(no_http)
+            async with connect(application, "/first/") as socket:
+                assert await socket.receive_text() == "set"
+                async with connect(application, "/second/"):
+                    assert await socket.receive_text() == "red"
+
+        routes = websocket("first/", first_view), websocket("second/", second_view)
+        with override_settings(ROOT_URLCONF=urlconf(*routes)):
+            asyncio.run(main())
+
     def test_a_query_string_that_is_no_utf8_is_a_400(self) -> None:
         drive = Drive(query_string=b"a=\xff")
         drive.run(accepting)
@@ -4132,6 +4164,25 @@ class TestGroups:
         kinds = [type(r.exc_info[1]).__name__ for r in caplog.records if r.exc_info]
         assert sorted(kinds) == ["CancelledError", "KeyError"]
 
+    def test_a_server_that_failed_is_not_asked_again(self) -> None:
+        asked: list[Any] = []
+
+        class Failing(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                asked.append(event.get("text", event["type"]))
+                if event.get("text") == "x":
+                    raise OSError("gone")
+                await super().send(event)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) == 2)
+            await broadcast("room", "x")
+            await broadcast("room", "y")
+            live.queue.put_nowait(GONE)
+
+        Failing().play(member, client)
+        assert asked == ["websocket.accept", "joined", "x"]
+
     def test_members_that_leave_while_a_broadcast_is_under_way(self) -> None:
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
@@ -5658,6 +5709,30 @@ class TestRedisHere:
         options["WEBSOCKETS"]["OUTBOX"] = 5
         for live in serve_all(2, view, client, kind=InGroup, **options):
             assert len(messages(live)) in (1, 7)
+
+    def test_what_waits_for_a_slow_group_has_a_bound(
+        self, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(django_ws._Outbox, "PATIENCE", 10)
+        most = 0
+
+        async def client(slow: Any) -> None:
+            nonlocal most
+            await slow.stops()
+            groups: Any = django_ws._Groups.loops[asyncio.get_running_loop()]
+            for number in range(200):
+                await broadcast("room", str(number))
+                most = max(most, len(groups.deliveries))
+            slow.reads.set()
+            await slow.until(lambda: len(messages(slow)) == 200)
+            slow.queue.put_nowait(GONE)
+            await slow.until(lambda: len(asyncio.all_tasks()) == 1)
+
+        options: Any = redis_settings(redis)
+        options["WEBSOCKETS"]["OUTBOX"] = 5
+        slow = serve_slow(member, client, **options)
+        assert messages(slow) == [*map(str, range(200))]
+        assert 50 < most <= 100
 
     def test_hundreds_of_broadcasts_at_once(self, redis: Redis) -> None:
         async def client(lives: list[Live]) -> None:
