@@ -13,11 +13,10 @@
 
     # views.py
     async def chat(socket, room):
-        user = await socket.auser()
         await socket.accept()
         await socket.join(room)
         async for message in socket.iter_json():
-            await broadcast(room, {"from": str(user), **message})
+            await broadcast(room, {"from": socket.user.username, **message})
 
 The handshake is a Django request: it passes your MIDDLEWARE, is resolved by your
 URLconf, is checked against ALLOWED_HOSTS and CSRF_TRUSTED_ORIGINS, and is refused with
@@ -28,12 +27,14 @@ your error pages. Serve it with an ASGI server that speaks WebSocket, for exampl
 import asyncio
 import contextvars
 import enum
+import functools
 import inspect
 import io
 import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import sys
@@ -41,18 +42,22 @@ import threading
 import time
 from collections import abc, deque
 from concurrent import futures
-from contextlib import ExitStack, asynccontextmanager, suppress
-from functools import partial, update_wrapper
-from typing import Any, ClassVar, Literal
+from contextlib import (
+    ExitStack,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
+from typing import Any, ClassVar, Literal, NoReturn
 from urllib.parse import unquote, urlsplit
 
-from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 from asgiref.sync import iscoroutinefunction as is_async
 from asgiref.sync import sync_to_async
 from django import conf, http, urls
 from django.core import signals
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
-from django.core.handlers import asgi, exception
+from django.core.handlers import asgi, base, exception
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import close_old_connections, connections
 from django.http.response import HttpResponseBase, ResponseHeaders
@@ -60,7 +65,7 @@ from django.middleware.csrf import REASON_BAD_ORIGIN, CsrfViewMiddleware
 from django.utils.cache import patch_vary_headers
 from django.utils.log import log_response
 
-__version__ = "1.0"
+__version__ = "2.0"
 __all__ = [
     "CloseCode",
     "InvalidMessage",
@@ -122,15 +127,15 @@ class CloseCode(enum.IntEnum):
     reported, and `WebSocket.close` refuses them.
     """
 
-    NORMAL_CLOSURE = 1000  # what the connection was opened for is done
-    GOING_AWAY = 1001  # the page was left, or the server goes down
-    PROTOCOL_ERROR = 1002  # a frame broke RFC 6455
-    UNSUPPORTED_DATA = 1003  # text where bytes were wanted, or the reverse
+    NORMAL_CLOSURE = 1000  # the connection has served its purpose
+    GOING_AWAY = 1001  # the user left the page, or the server is shutting down
+    PROTOCOL_ERROR = 1002  # a frame violated RFC 6455
+    UNSUPPORTED_DATA = 1003  # text where bytes were expected, or the reverse
     NO_STATUS_RECEIVED = 1005  # never sent: the close frame had no code
     ABNORMAL_CLOSURE = 1006  # never sent: the connection broke without a close frame
-    INVALID_FRAME_PAYLOAD_DATA = 1007  # no UTF-8 in a text message, or no JSON
+    INVALID_FRAME_PAYLOAD_DATA = 1007  # text that is not UTF-8, or not JSON
     POLICY_VIOLATION = 1008  # not allowed: what PermissionDenied becomes
-    MESSAGE_TOO_BIG = 1009  # larger than the receiver takes
+    MESSAGE_TOO_BIG = 1009  # larger than the receiver accepts
     MANDATORY_EXTENSION = 1010  # the client needs an extension that was not agreed
     INTERNAL_ERROR = 1011  # the server failed: what an exception in a view becomes
     SERVICE_RESTART = 1012  # the server restarts: reconnect after a random 5 to 30 s
@@ -145,24 +150,28 @@ class CloseCode(enum.IntEnum):
 # What can go wrong
 
 
+def _may_be_sent(code: int) -> bool:
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
 def _close_event(code: int, reason: str = "") -> dict[str, Any]:
     """Return the event for a close frame (RFC 6455, sections 5.5.1 and 7.4)."""
-    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
-        raise ValueError(f"{code!r} is no close code that may be sent")
+    if not _may_be_sent(code):
+        raise ValueError(f"{code!r} is not a valid close code")
     if not isinstance(reason, str):
-        raise TypeError(f"a close reason is a str, not {type(reason).__name__}")
+        raise TypeError(f"a close reason must be str, not {type(reason).__name__}")
     if len(reason.encode()) > 123:
-        raise ValueError("a close reason has at most 123 bytes of UTF-8")
+        raise ValueError("a close reason must not exceed 123 bytes of UTF-8")
     return {"type": SendEvent.CLOSE, "code": int(code), "reason": reason}
 
 
 class WebSocketDisconnect(Exception):
-    """The connection has ended; left uncaught in a view, it is a normal end.
+    """The connection has ended. Raise it in a view to close with its code and reason.
 
     `code` is the close code (int) and `reason` its text (str, often empty), of
-    whichever side closed; 1005 where the close frame had no code, 1006 where the
-    connection broke without one (RFC 6455, section 7.1.5), or where sending failed and
-    receiving has yet to tell more.
+    whichever side closed; 1005 if the close frame had no code, 1006 if the connection
+    broke without one (RFC 6455, section 7.1.5) or if sending failed and receiving has
+    yet to tell more. A view may leave it uncaught: that is a normal end.
     """
 
     def __init__(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
@@ -175,11 +184,11 @@ class WebSocketDisconnect(Exception):
 
 
 class InvalidMessage(Exception):
-    """The client sent what the view did not ask for; the socket stays usable.
+    """The client sent something that the view did not ask for.
 
-    `code` (int) is what the connection is closed with where a view leaves it uncaught:
-    1003 for bytes in place of text or the reverse, 1007 for what is no JSON
-    (RFC 6455, section 7.4.1).
+    The socket stays usable. If a view leaves the exception uncaught, the connection is
+    closed with `code` (int): 1003 for bytes instead of text or the reverse, 1007 for
+    invalid JSON, 1009 for a message that is too large (RFC 6455, section 7.4.1).
     """
 
     def __init__(self, code: int, message: str) -> None:
@@ -191,7 +200,7 @@ class InvalidMessage(Exception):
 
 
 class WebSocketDenied(Exception):
-    """The handshake was refused, says `connect`.
+    """The server refused the handshake; `connect` raises it.
 
     `response` (HttpResponse) is the answer: its status, content, headers and cookies.
     """
@@ -211,11 +220,11 @@ class WebSocketDenied(Exception):
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number that JSON can carry")
+        raise ValueError(f"{text} is not a number that JSON can represent")
     return number
 
 
-# JSON has no NaN and no Infinity (RFC 8259, section 6), though Python's parser takes
+# JSON has no NaN and no Infinity (RFC 8259, section 6), though Python's parser accepts
 # them; the browser at the other end would not.
 _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
 _encode_json = DjangoJSONEncoder(
@@ -223,21 +232,23 @@ _encode_json = DjangoJSONEncoder(
 ).encode
 
 
-def _json(data: Any) -> str:
-    text = _encode_json(data)
-    if not text.isascii():
-        # A lone surrogate ("\ud800" in a client's JSON) is no UTF-8. What Python calls
-        # backslashreplace writes it as JSON does.
-        text = text.encode("utf-8", "backslashreplace").decode()
-    return text
+def _escape_surrogates(text: str) -> str:
+    """Return text that UTF-8 can encode, with lone surrogates escaped as in JSON.
+
+    A client can send one: the JSON string "\\ud800". Python's backslashreplace writes
+    it as JSON does.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
-class _End:
+class _Endpoint:
     """One end of a WebSocket: messages, on top of `receive` and `send`."""
 
-    # "lost" is a connection on which sending failed; receiving has yet to tell why.
-    _state: Literal["connecting", "open", "lost", "closed"]
-    _end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
+    # In "closing" nothing more can be sent: a close is under way, or a send has failed
+    # and receiving has yet to tell why.
+    _state: Literal["connecting", "open", "closing", "closed"]
     # What each end adds: the primitives, and the type of the events that carry its
     # messages.
     receive: Receive
@@ -246,73 +257,86 @@ class _End:
 
     @property
     def connected(self) -> bool:
-        """Whether messages can go by: after `accept()`, until either side's end."""
+        """Whether messages can be exchanged: from `accept()` to either side's end."""
         return self._state == "open"
 
-    def _disconnect(self) -> WebSocketDisconnect:
-        return WebSocketDisconnect(*self._end)
+    @property
+    def _json_limit(self) -> int | None:
+        return None
 
-    def _unexpected(self, expected: str) -> Exception:
-        """Return why the event that `receive` just gave is not the one expected."""
+    async def _raise_disconnect(self) -> NoReturn:
+        raise NotImplementedError  # pragma: no cover
+
+    async def _raise_misuse(self, message: str) -> NoReturn:
+        await asyncio.sleep(0)  # a view that catches everything must not stop the loop
+        raise RuntimeError(message)
+
+    async def _raise_unexpected(self, expected: str) -> NoReturn:
+        """Raise because the event that `receive` returned is not the expected one."""
         if self._state == "closed":
-            return self._disconnect()
-        return InvalidMessage(CloseCode.UNSUPPORTED_DATA, f"{expected} expected")
+            await self._raise_disconnect()
+        raise InvalidMessage(CloseCode.UNSUPPORTED_DATA, f"expected {expected}")
 
     async def receive_text(self) -> str:
         """Return the next message, which must be text (str). Cancelling it is safe.
 
         Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
-        (1003) when the message is binary; `RuntimeError` before `accept()`.
-        Source: RFC 6455, section 5.6.
+        (1003) when the message is binary; `RuntimeError` before `accept()` and while
+        another task receives. Source: RFC 6455, section 5.6.
         """
         if self._state == "connecting":
-            raise RuntimeError("call accept() before receive_text()")
+            await self._raise_misuse("call accept() before receive_text()")
         text: str | None = (await self.receive()).get("text")
         if text is None:
-            raise self._unexpected("text was")
+            await self._raise_unexpected("text, got bytes")
         return text
 
     async def receive_bytes(self) -> bytes:
         """Return the next message, which must be binary (bytes). Cancelling it is safe.
 
         Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
-        (1003) when the message is text; `RuntimeError` before `accept()`.
-        Source: RFC 6455, section 5.6.
+        (1003) when the message is text; `RuntimeError` before `accept()` and while
+        another task receives. Source: RFC 6455, section 5.6.
         """
         if self._state == "connecting":
-            raise RuntimeError("call accept() before receive_bytes()")
+            await self._raise_misuse("call accept() before receive_bytes()")
         data: bytes | None = (await self.receive()).get("bytes")
         if data is None:
-            raise self._unexpected("bytes were")
+            await self._raise_unexpected("bytes, got text")
         return data
 
     async def _receive_any(self) -> str | bytes:
         if self._state == "connecting":
-            raise RuntimeError("call accept() before receiving messages")
+            await self._raise_misuse("call accept() before receiving messages")
         event = await self.receive()
         message: str | bytes | None = event.get("text")
         if message is None:
             message = event.get("bytes")
         if message is None:
-            raise self._unexpected("a message was")
+            await self._raise_unexpected("a message")
         return message
 
     async def receive_json(self) -> Any:
         """Return the next message's value: JSON, in text or in bytes of UTF-8.
 
         Cancelling it is safe. Raises `WebSocketDisconnect` when the connection has
-        ended; `InvalidMessage` (1007) when the message is no JSON, is nested too deeply
-        for Python or has a number out of its range; `RuntimeError` before `accept()`.
-        Source: RFC 8259.
+        ended; `InvalidMessage` when the message is longer than Django's setting
+        DATA_UPLOAD_MAX_MEMORY_SIZE (1009), when it is not JSON, is nested too deeply
+        for Python or has a number out of range (1007); `RuntimeError` before `accept()`
+        and while another task receives. Source: RFC 8259.
         """
         message = await self._receive_any()
+        limit = self._json_limit
+        if limit is not None and len(message) > limit:
+            too_big = f"JSON must not exceed {limit} bytes"
+            raise InvalidMessage(CloseCode.MESSAGE_TOO_BIG, too_big)
         try:
             if isinstance(message, bytes):
                 message = message.decode()
             return _decode_json(message)
         except (ValueError, RecursionError) as error:
             code = CloseCode.INVALID_FRAME_PAYLOAD_DATA
-            raise InvalidMessage(code, "JSON was expected") from error
+            raise InvalidMessage(code, "expected JSON") from error
 
     async def _iter(
         self, receive: abc.Callable[[], abc.Awaitable[Any]]
@@ -365,12 +389,12 @@ class _End:
         Dates, times, UUIDs, decimals and lazy strings are written as Django's
         `DjangoJSONEncoder` does, without spaces, non-ASCII characters as themselves.
 
-        Cancelling it is safe. Raises `TypeError` for what JSON cannot carry,
+        Cancelling it is safe. Raises `TypeError` for data that JSON cannot represent,
         `ValueError` for NaN, infinity and circular data, `RuntimeError` before
         `accept()`, with nothing sent; `WebSocketDisconnect` when the connection has
         ended. Source: RFC 8259.
         """
-        text = _json(data)
+        text = _escape_surrogates(_encode_json(data))
         if binary:
             await self.send_bytes(text.encode())
         else:
@@ -380,26 +404,102 @@ class _End:
 # A header's name and value (RFC 9110, sections 5.1 and 5.5).
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _VALUE = re.compile(r"[\t -~\x80-\xff]*")
-# What the server itself writes on the answer to a handshake: ASGI reserves
+# Headers that the server itself writes on the answer to a handshake: ASGI reserves
 # Sec-WebSocket-Protocol ("Accept - send event"), RFC 6455 (section 4.2.2) the others,
 # and an answer with the status 101 has no body.
-_SERVERS_OWN = re.compile(
+_RESERVED = re.compile(
     r"connection|upgrade|content-length|transfer-encoding|sec-websocket-.*", re.I
 )
 
 
-def _frames(coroutine: Any) -> abc.Iterator[Any]:
-    """Yield the frames of a suspended coroutine and of all that it awaits."""
-    while frame := getattr(coroutine, "cr_frame", None):
-        yield frame
-        coroutine = coroutine.cr_await
+# What a message counts where its size is limited: as on the wire, with the header of
+# its frame (RFC 6455, section 5.2).
+def _size_of(event: Event) -> int:
+    return len(event.get("text") or event.get("bytes") or "") + 14
 
 
-def _position(task: asyncio.Task[Any]) -> list[tuple[int, int]]:
-    return [(id(frame), frame.f_lasti) for frame in _frames(task.get_coro())]
+class _ViewTask:
+    """The task that a view runs in, and its end after that of the connection.
+
+    A view of which no task was told of the end is cancelled, as Django cancels its
+    asynchronous HTTP views. A view that was told may clean up for `grace` seconds.
+    """
+
+    __slots__ = ("task", "grace", "told", "timer", "ended")
+
+    def __init__(self, view: abc.Awaitable[Any], grace: float) -> None:
+        self.task = asyncio.ensure_future(view)
+        self.task.add_done_callback(self.note_end)
+        self.grace = grace
+        self.ended: asyncio.Future[None] = self.wait()
+        self.told = 0  # how often the view, or another, heard or told of the end
+        self.timer: asyncio.TimerHandle | None = None  # cancels, again and again
+
+    def tell(self) -> None:
+        """Note that the view was told. One that keeps asking does not clean up."""
+        self.told += 1
+        if self.told > 10:
+            self.task.cancel()
+
+    def end(self, will_be_told: bool) -> None:
+        """Let the view end, since the connection has."""
+        if self.timer is None:
+            wait = self.told or will_be_told
+            self.cancel_later() if wait else self.cancel()
+
+    def cancel(self) -> None:
+        """Cancel the view, and again later if it swallows that.
+
+        Python 3.11's `asyncio.wait_for` swallows some by itself (python/cpython#86296).
+        """
+        self.task.cancel()
+        self.stop()
+        self.cancel_later()
+
+    def cancel_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.timer = loop.call_later(self.grace, self.cancel)
+
+    def stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+
+    def wait(self) -> asyncio.Future[None]:
+        """Return a future that is done when the task is; cancelling it is harmless."""
+        self.ended = asyncio.get_running_loop().create_future()
+        return self.ended
+
+    def note_end(self, task: asyncio.Future[Any]) -> None:
+        with suppress(asyncio.InvalidStateError):  # the server has cancelled it
+            self.ended.set_result(None)
 
 
-class WebSocket(_End):
+class _ReadAhead:
+    """The events that the server gave before the view asked for them, in order.
+
+    Only the server knows that a client has left, and tells it by `receive`.
+    """
+
+    LIMIT = 65536  # bytes, after which the server's back-pressure works
+    STALE = 60.0  # seconds that so much may stay unread
+
+    def __init__(self, view_receives: bool) -> None:
+        self.view_receives = view_receives  # whether it has ever asked for a message
+        self.events: deque[Event] = deque()
+        self.size = 0
+        self.task: asyncio.Task[None] | None = None  # reads
+
+    def put(self, event: Event) -> None:
+        self.events.append(event)
+        self.size += _size_of(event)
+
+    def get(self) -> Event:
+        event = self.events.popleft()
+        self.size -= _size_of(event)
+        return event
+
+
+class WebSocket(_Endpoint):
     """The server's end of one WebSocket, handed to a view as its first argument.
 
     Every attribute that is not listed here is that of `request`, the HttpRequest of the
@@ -409,55 +509,57 @@ class WebSocket(_End):
     connection scope as the server made it.
 
     One task at a time may receive; any number may send. Sending waits while the client
-    reads too slowly. Cancelling any of it, by `asyncio.timeout()` say, is safe: no
-    message is lost (but on granian, whose own `receive` loses some), and one that was
-    being sent was sent whole, or not at all.
+    reads too slowly. Cancelling either, for example by `asyncio.timeout()`, is safe: no
+    message is lost (except on granian, whose own `receive` loses some), and a message
+    was sent completely or not at all.
     """
 
-    #: Seconds after which it is asked whether a busy view's client has left; those that
-    #: a view has to clean up where it is not certain that it knows of the end; and
-    #: those that a slow client has to read what was sent to groups before the end.
+    #: Seconds without `receive…` after which the socket looks for its client's end;
+    #: seconds that a view has to clean up after it was told of the end; seconds that
+    #: a slow client has to read what was sent to it before a close.
     WATCH = 1.0
-    GRACE = 30.0
+    GRACE = 10.0
     FLUSH = 5.0
 
     _message = "websocket.send"
 
     def __init__(
-        self, scope: Scope, connect: Event, receive: Receive, send: Send, lease: Any
+        self,
+        scope: Scope,
+        request: asgi.ASGIRequest,
+        receive: Receive,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
+        refuse: abc.Callable[["WebSocket", Any], abc.Coroutine[Any, Any, None]],
     ) -> None:
+        # The ASGI connection scope, and Django's request for it.
         self.scope = scope
-        self.request: asgi.ASGIRequest
+        self.request = request
+        # The server's two functions.
         self._receive = receive
         self._send = send
-        self._lease = lease
-        # What tells the view's tasks from others: child tasks inherit it.
-        self._context = SyncToAsync.thread_sensitive_context.get(None)
+        # What the middleware adds to the answer to the handshake.
+        self._headers = headers
+        # Sends the page for HTTP 403; None once the handshake is answered.
+        self._refuse: Any = refuse
         # Not the class's: Python reads an attribute slower that hides one of a class.
         self._state = "connecting"
-        # Until the handshake is answered: the event that began it, what refuses it, and
-        # the headers that the middleware adds to its answer.
-        self._connect: Event | None = connect
-        self._refuse: Any = None
-        self._headers: abc.Iterable[tuple[bytes, bytes]] = ()
-        # The view's task; whether it knows of the end, by an exception or its own
-        # close(); and, where it was cancelled for the end, how often it was by then.
-        # Not always once: until Python 3.13 a TaskGroup that failed leaves one behind.
-        self._task: asyncio.Task[Any] | None = None
-        self._told = False
-        self._cancelling = 0
-        # A task of the view's that learned of the end and may be cleaning up, when that
-        # was, and where the view itself was then: if it has moved on since, it may
-        # know, too.
-        self._heard: tuple[asyncio.Task[Any], float, list[Any]] | None = None
-        # The task that waits in receive(), what reads ahead where none waits for
-        # a second, and the timer for that second.
+        # The code and the reason that the connection ended with.
+        self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
+        # The task that waits in receive(). There is at most one.
         self._receiver: asyncio.Task[Any] | None = None
-        self._ahead: asyncio.Future[Event] | None = None
+        # What was read ahead; None while all messages go straight to the view.
+        self._ahead: _ReadAhead | None = _ReadAhead(False)
+        self._ahead.put({"type": ReceiveEvent.CONNECT})
+        # Fires when the view may have to be told that its client has left.
         self._timer: asyncio.TimerHandle | None = None
-        # How often the view sent; the groups that it is in, and what these send.
+        # The view's task; None before the view begins and after it has ended.
+        self._view: _ViewTask | None = None
+        # How many messages the view has sent.
         self._sends = 0
-        self._groups: set[str] = set()
+        # The names of the groups that the socket is in.
+        self._groups: dict[str, None] = {}
+        # What groups send to a client that reads slowly.
         self._outbox: _Outbox | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -488,124 +590,156 @@ class WebSocket(_End):
         """What the client offers (list of str), best first (RFC 6455, section 1.9)."""
         return list(self.scope.get("subprotocols") or ())
 
+    @property
+    def _json_limit(self) -> int | None:
+        limit: int | None = conf.settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+        return limit
+
     async def receive(self) -> Event:
         """Return the next ASGI event (a mapping), as the server gave it.
 
         First `websocket.connect`, unless `accept()` was called before; then
-        `websocket.receive` for each message; at last one `websocket.disconnect`.
+        `websocket.receive` for each message; finally one `websocket.disconnect`.
 
         Cancelling it is safe on servers whose own `receive` is: no event is lost.
 
-        Raises `WebSocketDisconnect` after the end.
+        Raises `WebSocketDisconnect` after the end, `RuntimeError` while another task
+        receives.
         Source: ASGI, "WebSocket".
         """
         if self._receiver is not None:
-            raise RuntimeError("another task is receiving from this WebSocket")
-        if self._lease.worker is not None:
-            self._lease.release()
-        if self._connect is not None:
-            event, self._connect = self._connect, None
-            return event
-        task: Any = asyncio.current_task()
-        self._receiver, cancelling = task, task.cancelling()
+            await self._raise_misuse("another task is receiving from this WebSocket")
+        ahead = self._ahead
+        if ahead is not None and self._has_nothing_left(ahead):
+            await self._raise_disconnect()
+        self._receiver = task = asyncio.current_task()
         try:
-            ahead = self._ahead
-            if self._state == "closed" and (ahead is None or not ahead.done()):
-                raise self._disconnect()
-            if ahead is not None:
-                if not ahead.done():
-                    await asyncio.wait([ahead])  # cancelling this leaves it alone
-                self._ahead = None
-                if ahead.cancelled():  # the view has ended, this is a task it left
-                    raise self._disconnect()
-                event = ahead.result()
-                if self._state == "closed" and event["type"] != "websocket.disconnect":
-                    raise self._disconnect()
-            else:
+            event = None if ahead is None else await self._get_ahead(ahead)
+            del ahead  # a socket that waits needs no memory for it
+            if event is None:
                 event = await self._receive()
         except asyncio.CancelledError:
-            # By _ended(), if another task ended it: as when the client leaves.
-            if self._state != "closed" or task.uncancel() > cancelling:
+            if self._state != "closed":
                 raise
-            raise self._disconnect() from None
+            task.uncancel()  # type: ignore[union-attr]  # _finish() woke this task
+            event = self._disconnect_event()
         finally:
             self._receiver = None
             if self._timer is None:
-                self._watch()
+                self._set_timer(self.WATCH, self._start_reading_ahead)
         if event["type"] == "websocket.disconnect":
-            self._ended(event)
-            self._disconnect()  # whoever receives it, knows
+            self._note_disconnect(event, heard=True)
         return event
 
-    def _watch(self) -> None:
-        if self._task is not None and self._timer is None:
+    def _has_nothing_left(self, ahead: _ReadAhead) -> bool:
+        return not ahead.events and self._state == "closed"
+
+    def _disconnect_event(self) -> Event:
+        code, reason = self._end
+        return {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
+
+    async def _get_ahead(self, ahead: _ReadAhead) -> Event | None:
+        """Return the next event that was read ahead, or None if the server has it."""
+        if not ahead.events and ahead.task is not None:
+            await asyncio.wait([ahead.task])
+        if self._state != "connecting":
+            ahead.view_receives = True
+        self._cancel_timer()  # it may be that of _close_unread()
+        if ahead.events:
+            return ahead.get()
+        if ahead.view_receives:
+            self._ahead = None
+        return None
+
+    def _set_timer(self, seconds: float, callback: abc.Callable[[], None]) -> None:
+        self._cancel_timer()
+        if self._view is not None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self.WATCH, self._look)
+            self._timer = loop.call_later(seconds, callback)
 
-    def _look(self, ahead: asyncio.Future[Event] | None = None) -> None:
-        """See after a view that did not wait for its client just now.
-
-        After a second, and when the event that was read `ahead` then has come.
-        """
-        if ahead not in (None, self._ahead):
-            return  # receive() took it
-        if ahead is None and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._task is None or self._receiver is not None:
-            return
-        ahead = self._ahead
-        if self._state != "closed":
-            if ahead is None:
-                # One event ahead of the view: it may be the end. Any more would take
-                # the server's back-pressure away.
-                self._ahead = asyncio.ensure_future(self._receive())
-                self._ahead.add_done_callback(self._look)
-            elif ahead.done() and not ahead.cancelled() and not ahead.exception():
-                if ahead.result()["type"] == "websocket.disconnect":
-                    self._ended(ahead.result())
-        if self._state != "closed" or self._told or self._cancelling:
-            return
-        # Cancel the view, unless it may know of the end and be cleaning up.
-        if self._heard is not None:
-            hearer, then, position = self._heard
-            busy = not hearer.done() or position != _position(self._task)
-            if busy and time.monotonic() < then + self.GRACE:
-                return self._watch()
-        if self._task.cancelling() and sys.version_info >= (3, 13):
-            return self._watch()  # somebody else did
-        self._task.cancel()
-        self._cancelling = self._task.cancelling()
-
-    def _ended(self, event: Event, default: int = 1005) -> None:
-        """Note the end; whoever receives hears of it, others are looked after."""
-        if self._state != "closed":
-            self._state = "closed"
-            self._end = event.get("code") or default, event.get("reason") or ""
-            if self._receiver is not None:
-                self._receiver.cancel()
-            self._watch()  # over the view's task, where another task learns of it
-
-    def _disconnect(self) -> WebSocketDisconnect:
-        """Return the exception for the end, which the task that runs now learns of."""
-        task: Any = asyncio.current_task()
-        context = SyncToAsync.thread_sensitive_context.get(None)
-        if task is self._task:
-            self._told = True
-        elif self._task and not self._heard and context is self._context:
-            self._heard = task, time.monotonic(), _position(self._task)
-        return super()._disconnect()
-
-    def _stop(self) -> None:
-        """Leave nothing behind when the view has ended."""
-        self._task = self._heard = None
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    def _start_reading_ahead(self) -> None:
+        self._timer = None
+        if self._receiver is None and self._state != "closed":
+            ahead = self._ahead = self._ahead or _ReadAhead(True)
+            if ahead.task is None or ahead.task.done():
+                ahead.task = asyncio.create_task(self._read_ahead(ahead))
+
+    async def _read_ahead(self, ahead: _ReadAhead) -> None:
+        """Read what the server has, as long as the view does not."""
+        while ahead.size < ahead.LIMIT:
+            try:
+                event = await self._receive()
+            except Exception:
+                _logger.exception("The server's receive() failed")
+                event = {"type": ReceiveEvent.DISCONNECT, "code": 1006}
+            ahead.put(event)
+            if event["type"] == "websocket.disconnect":
+                return self._note_disconnect(event)
+            if self._receiver is not None:
+                return
+        # A view that is busy may leave the rest to the server's back-pressure for a
+        # while. But for ever it would hide that the client has left.
+        self._set_timer(ahead.STALE if ahead.view_receives else 0, self._close_unread)
+
+    def _close_unread(self) -> None:
+        _logger.warning(
+            "%s: closed with 1008, since the view leaves more than %s bytes of its "
+            "client's messages unread. Let it receive them.",
+            self.request.path,
+            _ReadAhead.LIMIT,
+        )
+        close = _close_event(CloseCode.POLICY_VIOLATION, "messages are not received")
+        self._deliver(close, 0)
+
+    def _note_disconnect(self, event: Event, heard: bool = False) -> None:
+        """Note the end that the server reports, and whether the view heard of it."""
+        if heard and self._view is not None:
+            self._view.tell()
+        if self._outbox is not None and self._state != "closed":
+            self._outbox.cancel()
+        code = event.get("code") or CloseCode.NO_STATUS_RECEIVED
+        self._finish(code, event.get("reason") or "")
+
+    def _note_failed_send(self, will_be_told: bool = False) -> None:
+        """Note that the server cannot send. Why, receiving has yet to tell."""
+        if self._state == "open":
+            self._state = "closing"
+            if self._view is not None:
+                self._view.end(will_be_told or self._receiver is not None)
+
+    def _close_here(self, event: Event) -> None:
+        """Note an end of this side's making; messages still unread are dropped."""
         if self._ahead is not None:
-            self._ahead.cancel()
-        while self._groups:
-            group = self._groups.pop()
-            _groups(group).leave(group, self)
+            self._ahead.events.clear()
+        self._finish(event.get("code") or 1000, event.get("reason") or "")
+
+    def _finish(self, code: int, reason: str, will_be_told: bool = False) -> None:
+        """Note the end, once; wake the receiver; let the view end."""
+        if self._state == "closed":
+            return
+        self._state = "closed"
+        self._end = int(code), reason
+        if self._ahead is None:
+            self._ahead = _ReadAhead(True)  # the server is asked no more
+        if self._receiver is not None:
+            self._receiver.cancel()  # as asyncio.timeout() does
+        if self._view is not None:
+            # Messages before the event for the end are handed over to a view that asks.
+            unread = self._ahead.view_receives and len(self._ahead.events) > 1
+            self._view.end(will_be_told or unread or self._receiver is not None)
+
+    async def _raise_disconnect(self, cause: Exception | None = None) -> NoReturn:
+        """Tell the view that the connection has ended."""
+        if self._view is not None:
+            self._view.tell()
+        if self._view is None or self._view.told > 10:
+            await asyncio.sleep(0)  # a view that catches everything must not stop all
+        raise WebSocketDisconnect(*self._end) from cause
 
     async def send(self, event: Event) -> None:
         """Send one ASGI event (a mapping) to the server.
@@ -615,54 +749,85 @@ class WebSocket(_End):
         more slowly than the view sends (the server's back-pressure), and may then
         overtake what was sent to the socket's groups.
 
-        Cancelling it is safe: the event was sent, or it was not; part of it never.
+        Cancelling it is safe: the event was sent completely or not at all.
 
-        Raises `RuntimeError` for an event that is out of turn, with nothing sent;
-        `WebSocketDisconnect` after the end, with the code 1006 where only the server
+        Raises `RuntimeError` for an event that is not allowed now, with nothing sent;
+        `WebSocketDisconnect` after the end, with the code 1006 if only the server
         knows of it yet: `receive` tells more.
         Source: ASGI, "WebSocket".
         """
         if self._state != "open" or event["type"] != "websocket.send":
-            kind = event["type"]
-            if kind == "websocket.close":
-                await self._flush()
-            if self._state in ("lost", "closed"):
-                raise self._disconnect()
-            if kind == "websocket.close":
-                self._ended(event, 1000)
-                self._disconnect()  # whoever closes, knows
-            elif self._state == "open":
-                if kind == "websocket.accept":
-                    raise RuntimeError("accept() was called before")
-                raise RuntimeError(f"{kind!r} is no event that can be sent")
-            elif kind == "websocket.accept":
-                self._state = "open"
-            else:
-                raise RuntimeError(f"call accept() before sending a {kind}")
-        self._sends += 1
+            return await self._send_other(event)
         try:
-            if not self._sends & 1023:
-                # The turn of others. A server's send need not wait, least of all when
-                # its client has gone: a view that only sends would stop the process.
-                await asyncio.sleep(0)
             await self._send(event)
         except (OSError, RuntimeError) as error:
             # OSError is what a server raises when the client has gone (ASGI 2.4), and
-            # RuntimeError what some raise where they closed by themselves (no answer to
-            # a ping, a message too big). What the client sent before, and why it went,
-            # `receive` has yet to tell.
-            if self._refuse is not None:
-                self._ended({"code": CloseCode.ABNORMAL_CLOSURE})
-            elif self._state == "open":
-                self._state = "lost"
-            raise self._disconnect() from error
+            # RuntimeError what some raise after they closed by themselves (no answer
+            # to a ping, a message too big).
+            self._note_failed_send(will_be_told=True)
+            await self._raise_disconnect(error)
+        self._sends += 1
+        if not self._sends & 31:
+            # A server's send need not wait: a view that only sends must not stop all.
+            await asyncio.sleep(0)
+
+    async def _send_other(self, event: Event) -> None:
+        """Send what is not a message on an open connection."""
+        kind = event["type"]
+        if self._state in ("closing", "closed"):
+            await self._raise_disconnect()
+        elif kind == "websocket.close":
+            await self._end_by(event, self._send_close, event)
+        elif self._state == "open" and kind == "websocket.accept":
+            await self._raise_misuse("accept() was called before")
+        elif self._state == "open":
+            await self._raise_misuse(f"{kind!r} is not an event that can be sent")
+        elif kind == "websocket.accept":
+            await self._send_accept(event)
+        else:
+            await self._raise_misuse(f"call accept() before sending {kind!r}")
+
+    async def _send_accept(self, event: Event) -> None:
+        self._state = "open"
+        try:
+            await self._send(event)
+        except (OSError, RuntimeError) as error:
+            self._finish(CloseCode.ABNORMAL_CLOSURE, "", will_be_told=True)
+            await self._raise_disconnect(error)
         except BaseException:
-            if self._refuse is not None and self._state == "open":
-                self._state = "connecting"  # no answer to the handshake went out
+            if self._state == "open":
+                self._state = "connecting"  # no answer to the handshake was sent
             raise
-        if self._refuse is not None:  # that was the answer
-            self._connect = self._refuse = None
-            self._headers = ()
+        self._refuse, self._headers = None, []
+        ahead = self._ahead
+        if ahead and ahead.events and ahead.events[0]["type"] == "websocket.connect":
+            ahead.get()
+
+    async def _send_close(self, event: Event) -> None:
+        """Send a close, in FLUSH seconds at most, after what was sent to groups."""
+        try:
+            async with asyncio.timeout(self.FLUSH):
+                await self._flush()
+                await self._send(event)
+        except (OSError, RuntimeError):  # a TimeoutError, too, is an OSError
+            # The client has gone or does not read.
+            if self._outbox is not None:
+                self._outbox.cancel()
+
+    async def _end_by(self, event: Event, send: Any, *arguments: Any) -> None:
+        """End the connection as `event` says, once `send` has told the client."""
+        state, self._state = self._state, "closing"
+        self._end = event.get("code") or 1000, event.get("reason") or ""
+        if self._view is not None:
+            self._view.tell()
+        try:
+            await send(*arguments)
+        except BaseException:
+            if self._state == "closing":
+                self._state = state  # it may be closed again
+            raise
+        self._refuse = None
+        self._close_here(event)
 
     async def accept(
         self, subprotocol: str | None = None, headers: Headers = ()
@@ -691,7 +856,7 @@ class WebSocket(_End):
             [(name, value)] = ResponseHeaders(dict([pair])).items()
             value = value.strip(" \t")
             valid = _TOKEN.fullmatch(name) and _VALUE.fullmatch(value)
-            if not valid or _SERVERS_OWN.fullmatch(name):
+            if not valid or _RESERVED.fullmatch(name):
                 raise ValueError(f"accept() cannot send the header {name!r}")
             lines.append((name.lower().encode("ascii"), value.encode("latin-1")))
         accept = {"type": SendEvent.ACCEPT, "subprotocol": subprotocol}
@@ -703,468 +868,122 @@ class WebSocket(_End):
         """End the connection.
 
         Before `accept()` it refuses the handshake, with Django's page for HTTP 403;
-        after it, it sends `code` (int) and `reason` (str, up to 123 bytes of UTF-8).
-        Once the connection has ended, it does nothing. Cancelling it is safe.
+        after it, it sends `code` (int) and `reason` (str, up to 123 bytes of UTF-8),
+        and waits `FLUSH` seconds at most for a client that reads slowly. Once the
+        connection has ended, it does nothing. If it was cancelled before the close was
+        sent, it may be called again.
 
-        Raises `ValueError` for a code that may not be sent (RFC 6455, section 7.4: it
+        Raises `ValueError` for a code that must not be sent (RFC 6455, section 7.4: it
         takes 1000 to 1003, 1007 to 1014 and 3000 to 4999) and for a longer reason, with
         nothing sent.
         Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close - send event".
         """
-        close = _close_event(code, reason)
-        if self._state == "connecting" and self._refuse:
-            await self._refuse(None)
-            self._ended(close)
-            self._disconnect()
-        elif self._state != "closed":
-            with suppress(WebSocketDisconnect):
-                await self.send(close)
+        event = _close_event(code, reason)
+        if self._state == "connecting":
+            await self._end_by(event, self._refuse, self, None)
+        elif self._state == "open":
+            await self._end_by(event, self._send_close, event)
+        else:
+            await asyncio.sleep(0)
 
-    async def _flush(self) -> None:
-        """Let the client read what was sent to groups, for some seconds at most."""
+    async def _answer(self, result: Any) -> None:
+        """Refuse the handshake, which the view left unanswered, for its `result`."""
+        if self._state == "connecting":
+            event = _close_event(CloseCode.NORMAL_CLOSURE)
+            await self._end_by(event, self._refuse, self, result)
+        else:  # the client has left; uvicorn logs an error if it gets no answer
+            with suppress(OSError, RuntimeError):
+                await self._send({"type": SendEvent.CLOSE})
+
+    def _deliver(self, event: Event, limit: int) -> None:
+        """Send an event of a group; this never waits.
+
+        A client for which more than `limit` bytes wait is closed with 1013.
+        """
+        if self._state != "open":
+            return
+        if self._outbox is None:
+            self._outbox = _Outbox()
+        self._outbox.put(self, event)
+        if event["type"] == "websocket.close":
+            self._close_here(event)
+        elif self._outbox.holds_more_than(limit):
+            self._outbox.clear()
+            close = _close_event(CloseCode.TRY_AGAIN_LATER, "reads too slowly")
+            self._deliver(close, limit)
+
+    async def _flush(self, timeout: float | None = None) -> None:
+        """Wait until what was sent to groups has gone out, or for `timeout` seconds."""
         if self._outbox is not None and self._outbox.task is not None:
-            task = self._outbox.task
-            await asyncio.wait([task], timeout=self.FLUSH)
-            task.cancel()
+            await asyncio.wait([self._outbox.task], timeout=timeout)
+
+    def _start(self, view: abc.Awaitable[Any]) -> _ViewTask:
+        """Run the view in a task of its own."""
+        self._view = _ViewTask(view, self.GRACE)
+        self._set_timer(self.WATCH, self._start_reading_ahead)
+        return self._view
+
+    def _stop(self) -> None:
+        """Leave nothing behind when the view has ended: no timer, no task, no cycle."""
+        assert self._view is not None
+        self._view.stop()
+        self._view = None
+        self._cancel_timer()
+        if self._ahead is not None and self._ahead.task is not None:
+            self._ahead.task.cancel()
+            self._ahead.task = None
+        while self._groups:
+            group, _ = self._groups.popitem()
+            _groups(group).leave(group, self)
+
+    def _abandon(self) -> None:
+        """Note that the server is not there any more, if no end was noted before."""
+        self._finish(CloseCode.ABNORMAL_CLOSURE, "")
+        if self._outbox is not None:
+            self._outbox.cancel()
 
     async def join(self, group: str) -> None:
         """Put the socket into a group (str) until it leaves or ends.
 
         What is sent to the group after `join()` has returned arrives. Joining again
         does nothing. With Redis it waits until Redis has confirmed the subscription,
-        so for as long as Redis is down. Cancelling it is safe; `leave()` takes it back.
+        as long as Redis is down. Cancelling it is safe; `leave()` takes it back.
 
         Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end.
         """
         if self._state == "connecting":
-            raise RuntimeError("call accept() before join()")
-        if self._state != "open" or self._task is None:  # a task outlived the view
-            raise self._disconnect()
+            await self._raise_misuse("call accept() before join()")
+        if self._state != "open" or self._view is None:  # a task outlived the view
+            await self._raise_disconnect()
         groups = _groups(group)
-        self._groups.add(group)
+        self._groups[group] = None
         await groups.join(group, self)
+        await asyncio.sleep(0)
 
     async def leave(self, group: str) -> None:
-        """Take the socket out of a group (str); nothing happens where it is in none.
+        """Take the socket out of a group (str). It may be in none.
 
-        Cancelling it is safe. It raises nothing, also after the end.
+        Cancelling it is safe. It raises nothing, not even after the end.
         """
         if group in self._groups:
-            self._groups.remove(group)
+            del self._groups[group]
             _groups(group).leave(group, self)
-
-
-# Groups
-
-
-class _Outbox:
-    """What groups send to one socket, in order.
-
-    Without back-pressure from the server nothing waits here.
-    """
-
-    # Seconds that broadcasts wait for a client that has no room left; what they waited
-    # comes back a hundred times more slowly. One that reads makes room in a fraction of
-    # it, and is only outrun by a view that broadcasts without a pause.
-    PATIENCE = 0.25
-
-    def __init__(self, socket: WebSocket) -> None:
-        self.socket = socket
-        self.events: deque[Event] = deque()
-        self.task: asyncio.Task[None] | None = None  # that sends them just now
-        self.changed = asyncio.Event()  # something was sent
-        self.patient_again = 0.0  # when all of the patience will have come back
-
-    async def drain(self) -> None:
-        """Send all that waits, as fast as the client reads."""
-        task: Any = asyncio.current_task()
-        self.task = task
-        try:
-            while self.events:
-                await self.socket._send(self.events.popleft())
-                self.changed.set()
-        except (Exception, asyncio.CancelledError) as error:
-            self.events.clear()
-            self.changed.set()
-            if isinstance(error, (OSError, RuntimeError)):  # as in WebSocket.send()
-                if self.socket._state == "open":
-                    self.socket._state = "lost"
-            elif not task.cancelling():  # by the socket's end
-                _logger.error("A message to a group was not sent", exc_info=error)
-                self.socket._ended({"code": CloseCode.ABNORMAL_CLOSURE})
-        finally:
-            self.task = None
-
-    async def make_room(self, limit: int) -> None:
-        """Wait a moment for room; without it, give the client up, and tell it so."""
-        start = time.monotonic()
-        spent = max(0.0, self.patient_again - start) / 100
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.PATIENCE - spent):
-                while len(self.events) >= limit:
-                    self.changed.clear()
-                    await self.changed.wait()
-        spent += time.monotonic() - start
-        self.patient_again = start + 100 * spent
-        if len(self.events) >= limit and self.socket._state == "open":
-            close = _close_event(CloseCode.TRY_AGAIN_LATER, "reads too slowly")
-            self.socket._ended(close)
-            self.events = deque([close])
-
-
-class _Group(set[WebSocket]):
-    """The sockets of a group on one event loop; one broadcast after another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lock = asyncio.Lock()
-
-
-class _Groups:
-    """The groups of one event loop; messages stay in this process."""
-
-    # The event loops of this process that have sockets in groups.
-    loops: ClassVar[dict[asyncio.AbstractEventLoop, "_Groups"]] = {}
-    # A task that starts at once shows whether it has to wait for a client; if not, it
-    # can go on with the next.
-    EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.limit: int = options["OUTBOX"]
-        self.members: dict[str, _Group] = {}
-
-    async def join(self, group: str, socket: WebSocket) -> None:
-        """Add a socket; what is published from now on reaches it."""
-        self.loops[asyncio.get_running_loop()] = self
-        if group not in self.members:
-            self.members[group] = _Group()
-        self.members[group].add(socket)
-
-    def leave(self, group: str, socket: WebSocket) -> None:
-        """Remove a socket; an empty group leaves no trace."""
-        self.members[group].discard(socket)
-        if not self.members[group]:
-            del self.members[group]
-        if not self.members:
-            self.loops.pop(asyncio.get_running_loop(), None)
-
-    async def publish(self, group: str, event: Event) -> None:
-        """Send an event to the group's sockets, whichever loop they are on."""
-        for loop, groups in list(self.loops.items()):
-            if loop is asyncio.get_running_loop():
-                # Whole, also where the client of the view that broadcasts leaves now.
-                await asyncio.shield(groups.deliver(group, event))
-            elif loop.is_running():
-                delivery = groups.deliver(group, event)
-                future = asyncio.run_coroutine_threadsafe(delivery, loop)
-                # Not longer: a loop that stops just now never answers.
-                await asyncio.wait([asyncio.wrap_future(future)], timeout=1)
-            elif loop.is_closed():
-                self.loops.pop(loop, None)
-
-    async def deliver(self, group: str, event: Event) -> None:
-        """Send an event to the group's sockets on this loop."""
-        members = self.members.get(group, _Group())
-        close = event["type"] == SendEvent.CLOSE
-        full = []
-
-        async def send_to(batch: list[WebSocket]) -> None:
-            while batch:
-                socket = batch.pop()
-                if socket._state == "open" and socket in members:
-                    outbox = socket._outbox = socket._outbox or _Outbox(socket)
-                    if close:  # at once, also for a client that does not read
-                        socket._ended(event)
-                    outbox.events.append(event)
-                    if outbox.task is None:
-                        await outbox.drain()
-                    elif not close and len(outbox.events) >= self.limit:
-                        full.append(outbox)
-
-        async with members.lock:
-            waiting, size, sends = list(members), 250, 0
-            while waiting:
-                batch = waiting[-size:]
-                del waiting[-size:]
-                sends += len(batch)
-                loop = asyncio.get_running_loop()
-                asyncio.Task(send_to(batch), loop=loop, **self.EAGER)
-                if not self.EAGER and (size > 1 or not waiting):
-                    await asyncio.sleep(0)  # only now it starts
-                if size > 1 and batch:
-                    # The server waits for a client: the task is that one's from now on.
-                    sends -= len(batch)
-                    waiting += batch
-                    batch.clear()
-                    size = 250 if self.EAGER else 1  # else each cost a turn of the loop
-                if sends >= 250:
-                    sends = 0
-                    await asyncio.sleep(0)  # the turn of the sockets outside the group
-            if full:  # all at once: none waits for another's sake
-                await asyncio.gather(*[one.make_room(self.limit) for one in full])
-
-
-class _RedisGroups(_Groups):
-    """Groups that span all processes on one Redis, by publish/subscribe."""
-
-    # Seconds of silence after which Redis is asked whether it is still there, and the
-    # bounds between which the pause before a new connection doubles.
-    SILENCE = 15.0
-    PAUSES = (0.1, 10.0)
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        from redis.asyncio import BlockingConnectionPool, Redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
-
-        super().__init__(options)
-        self.prefix = options["PREFIX"]
-        url = options["REDIS_URL"]
-        # Who listens must know when the connection breaks.
-        self.subscriber: Any = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
-        # To publish there is a second try, since Redis may have closed a connection
-        # that was idle; many broadcasts at once wait for each other.
-        retry = Retry(NoBackoff(), 1)
-        pool = BlockingConnectionPool.from_url(url, max_connections=10, retry=retry)
-        self.client: Any = Redis.from_pool(pool)
-        self.listener: asyncio.Task[None] | None = None
-        self.pause = 0.0  # while Redis is away
-        # The groups that were joined or lost their last socket since Redis was asked;
-        # for each ping on its way, and the next one, who waits for its answer.
-        self.changed: set[str] = set()
-        self.pings: deque[list[asyncio.Future[None]]] = deque([[]])
-        self.wake = asyncio.Event()
-        self.room = asyncio.Semaphore(100)
-        self.deliveries: set[asyncio.Task[None]] = set()
-
-    def channel(self, group: str) -> bytes:
-        return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
-
-    async def join(self, group: str, socket: WebSocket) -> None:
-        """Add a socket, and wait until Redis has confirmed the subscription."""
-        await super().join(group, socket)
-        loop = asyncio.get_running_loop()
-        confirmed = loop.create_future()
-        self.pings[-1].append(confirmed)
-        self.changed.add(group)
-        self.wake.set()
-        if self.listener is None:
-            # Not the view's own doing: without its context.
-            context = contextvars.Context()
-            self.listener = loop.create_task(self.listen(), context=context)
-        await confirmed
-
-    def leave(self, group: str, socket: WebSocket) -> None:
-        """Remove a socket, and unsubscribe from a group without any."""
-        super().leave(group, socket)
-        if group not in self.members:
-            self.changed.add(group)
-            self.wake.set()
-
-    async def listen(self) -> None:
-        """Listen to Redis while there are members; connect again and again."""
-        while self.members:
-            try:
-                # All over again; who has given up is forgotten.
-                joining = [one for one in sum(self.pings, []) if not one.done()]
-                self.pings = deque([joining])
-                async with self.subscriber.pubsub() as pubsub:
-                    await pubsub.connect()
-                    async with asyncio.TaskGroup() as tasks:
-                        reader = tasks.create_task(self.read(pubsub))
-                        await self.subscribe(pubsub)
-                        reader.cancel()
-            except* Exception as group:  # whatever it is, sockets wait for their groups
-                if not self.pause:
-                    error = group.exceptions[0]
-                    _logger.warning("Redis is away, groups get no messages: %s", error)
-                self.pause = min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
-                await asyncio.sleep(self.pause * random.uniform(0.5, 1))
-        self.listener = None
-        self.confirm(sum(self.pings, []))  # whoever left before
-        await self.client.connection_pool.disconnect(inuse_connections=False)
-
-    def confirm(self, joining: abc.Iterable[asyncio.Future[None]]) -> None:
-        """Let those who join go on, but for who has given up."""
-        for future in joining:
-            if not future.done():
-                future.set_result(None)
-
-    async def subscribe(self, pubsub: Any) -> None:
-        """Let Redis send what the groups that have sockets here get, and no more.
-
-        Redis answers in order: the answer to a ping confirms all that was asked before.
-        """
-        asked, self.changed = set[str](), set(self.members)
-        while self.members:
-            changed, self.changed = self.changed, set()
-            new = (changed & self.members.keys()) - asked
-            old = (changed & asked) - self.members.keys()
-            asked = (asked | new) - old
-            self.pings.append([])
-            if new:
-                await pubsub.subscribe(*map(self.channel, new))
-            if old:
-                await pubsub.unsubscribe(*map(self.channel, old))
-            await pubsub.ping()
-            await self.wake.wait()
-            self.wake.clear()
-
-    async def read(self, pubsub: Any) -> None:
-        """Handle what Redis sends."""
-        while True:
-            message = await pubsub.get_message(timeout=self.SILENCE)
-            if message is None:
-                self.wake.set()  # for a ping
-                message = await pubsub.get_message(timeout=self.SILENCE)
-            if message is None:
-                raise ConnectionError("Redis does not answer")
-            await self.handle(message)
-
-    async def handle(self, message: dict[str, Any]) -> None:
-        if message["type"] == "pong":
-            if self.pause:
-                _logger.warning("Redis is back: groups work again")
-                self.pause = 0.0
-            self.confirm(self.pings.popleft())
-        elif message["type"] == "message":
-            channel = message["channel"].decode("utf-8", "surrogatepass")
-            group = channel.removeprefix(f"{self.prefix}:")
-            kind, data = message["data"][:1], message["data"][1:]
-            try:
-                event = {"type": SendEvent.SEND, "bytes": data}
-                if kind == b"t":
-                    event = {"type": SendEvent.SEND, "text": data.decode()}
-                elif kind == b"c":
-                    number, _, reason = data.decode().partition(" ")
-                    event = _close_event(int(number), reason)
-            except ValueError:
-                return _logger.warning("No message of django_ws: %r", message)
-            # Who waits for a slow client in one group does not hold up the others; only
-            # so many do, for memory's sake.
-            await self.room.acquire()
-            task = asyncio.ensure_future(self.deliver(group, event))
-            self.deliveries.add(task)
-            task.add_done_callback(self.delivered)
-
-    def delivered(self, task: asyncio.Task[None]) -> None:
-        self.deliveries.discard(task)
-        self.room.release()
-
-    async def publish(self, group: str, event: Event) -> None:
-        """Publish an event on Redis; the listeners of all processes deliver it."""
-        from redis import exceptions
-
-        if event["type"] == SendEvent.CLOSE:
-            data = b"c" + f"{event['code']} {event['reason']}".encode()
-        elif "text" in event:
-            data = b"t" + event["text"].encode()
-        else:
-            data = b"b" + event["bytes"]
-        try:
-            await self.client.publish(self.channel(group), data)
-        except exceptions.TimeoutError as error:
-            raise exceptions.ConnectionError("Redis does not answer") from error
-        finally:
-            if self.listener is None:  # a process, or a loop, without sockets
-                await self.client.connection_pool.disconnect(inuse_connections=False)
-
-
-def _new_groups() -> _Groups:
-    """Make what `settings.WEBSOCKETS` asks for, or raise for what is wrong there."""
-    options: dict[str, Any] = {"REDIS_URL": "", "PREFIX": "django_ws", "OUTBOX": 100}
-    given = getattr(conf.settings, "WEBSOCKETS", {})
-    if not isinstance(given, dict):
-        raise ImproperlyConfigured("WEBSOCKETS must be a dict")
-    for name, value in given.items():
-        wrong = f"WEBSOCKETS[{name!r}]"
-        if name not in options:
-            raise ImproperlyConfigured(f"{wrong}: there are only {', '.join(options)}")
-        kind = type(options[name])
-        if type(value) is not kind:
-            raise ImproperlyConfigured(f"{wrong} must be {kind.__name__}")
-        options[name] = value
-    if options["OUTBOX"] < 1:
-        raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be 1 or more")
-    if ":" in options["PREFIX"]:  # else "a" with the group "b:c" were "a:b" with "c"
-        raise ImproperlyConfigured("WEBSOCKETS['PREFIX'] must have no colon")
-    if not options["REDIS_URL"]:
-        return _Groups(options)
-    try:
-        groups = _RedisGroups(options)
-        groups.client.connection_pool.make_connection()
-    except ImportError as error:
-        wrong = "WEBSOCKETS['REDIS_URL'] needs redis-py: pip install redis"
-        raise ImproperlyConfigured(wrong) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
-    return groups
-
-
-def _groups(group: str) -> _Groups:
-    """Return the groups of the running event loop, among them one of this name."""
-    if not isinstance(group, str):
-        raise TypeError(f"a group's name is a str, not {type(group).__name__}")
-    return _Groups.loops.get(asyncio.get_running_loop()) or _new_groups()
-
-
-async def broadcast(group: str, message: Any) -> None:
-    """Send a message to every socket in a group (str), wherever it is.
-
-    str goes out as text, bytes-like as binary, anything else as JSON, as `send_json`
-    writes it; it is encoded once. From synchronous code: `async_to_sync(broadcast)(…)`.
-    A client that reads more slowly than WEBSOCKETS["OUTBOX"] messages allow is waited
-    for, a quarter of a second and then a hundredth of the time, and else closed with
-    1013; neither that nor any other trouble of a member raises anything here.
-
-    Cancelling it is safe, though some members may have got the message.
-
-    Raises `TypeError` and `ValueError` for what JSON cannot carry or UTF-8 cannot
-    encode; with Redis also redis-py's `ConnectionError`, and then the message is lost.
-    """
-    if isinstance(message, str):
-        message.encode()  # a lone surrogate is the caller's fault, not a member's
-        body: dict[str, Any] = {"text": message}
-    else:
-        try:
-            body = {"bytes": bytes(memoryview(message))}
-        except TypeError:  # not bytes-like
-            body = {"text": _json(message)}
-    await _groups(group).publish(group, {"type": SendEvent.SEND, **body})
-
-
-async def close_group(
-    group: str, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
-) -> None:
-    """Close every socket in a group (str) with a code (int) and a reason (str).
-
-    After what was broadcast to the group before; the views end as when their clients
-    leave. For a session that ended, a person who lost a permission, a room that closed.
-
-    Cancelling it is safe, though some members may have been closed.
-
-    Raises `ValueError` as `WebSocket.close` does, and redis-py's `ConnectionError`.
-    """
-    await _groups(group).publish(group, _close_event(code, reason))
+        await asyncio.sleep(0)
 
 
 # URLs
 
 
 class _SwitchingProtocols(http.HttpResponse):
-    """What the middleware sees of an accepted handshake; it never goes out itself."""
+    """What the middleware sees of an accepted handshake; it is never sent."""
 
     status_code = 101
-    # What calling the view gave: its coroutine, a response, or None.
-    result: Any = None
 
-    def __init__(self, *call: Any) -> None:
+    def __init__(self, view: abc.Callable[[WebSocket], Any], request: Any) -> None:
         super().__init__()
-        self.call = call
-
-    def __del__(self) -> None:  # nobody waits any more: the server cancelled
-        if inspect.iscoroutine(self.result):
-            self.result.close()
+        self.view = view
+        self.request = request
+        self.context = contextvars.copy_context()  # of the middleware around the view
 
 
 def _upgrade_required(request: http.HttpRequest) -> http.HttpResponse:
@@ -1193,11 +1012,42 @@ def _upgrade_required(request: http.HttpRequest) -> http.HttpResponse:
     return response
 
 
-def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponse]:
-    """Make the ordinary, synchronous Django view that stands for a socket view."""
+def _refuse_origin(request: http.HttpRequest) -> http.HttpResponseBase | None:
+    """Return the refusal of a page of another site, or None.
+
+    A browser lets any page open a WebSocket to any site and sends that site's cookies
+    along; only the Origin header tells (RFC 6455, section 10.2). Clients that are not
+    browsers send none, and carry nobody's cookies by themselves.
+    """
+    origin = request.META.get("HTTP_ORIGIN")
+    # Private, but nothing public compares an origin without a CSRF token.
+    csrf: Any = CsrfViewMiddleware(lambda request: http.HttpResponse())
+    if origin is None or csrf._origin_verified(request):
+        return None
+    refusal: http.HttpResponseBase = csrf._reject(request, REASON_BAD_ORIGIN % origin)
+    return refusal
+
+
+def _load_user(request: http.HttpRequest) -> None:
+    """Load the session's user while a thread is at hand.
+
+    Later, `request.user` would query the database in asynchronous code, and
+    `request.auser()` would load a second object.
+    """
+    if hasattr(request, "user"):
+        user = request.user
+        bool(user)  # Django's SimpleLazyObject queries the database now
+
+        async def auser() -> Any:
+            return user
+
+        setattr(request, "auser", auser)
+
+
+def _check_async(view: View) -> None:
     target: Any = view
-    while isinstance(target, partial) or hasattr(target, "__wrapped__"):
-        target = target.func if isinstance(target, partial) else target.__wrapped__
+    while isinstance(target, functools.partial) or hasattr(target, "__wrapped__"):
+        target = getattr(target, "__wrapped__", None) or target.func
     called = None if isinstance(target, type) else getattr(target, "__call__", None)
     if not (is_async(target) or is_async(view) or is_async(called)):
         name = getattr(target, "__qualname__", repr(target))
@@ -1207,26 +1057,26 @@ def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponse]:
             "'async def get(self, socket)', and pass View.as_view()"
         )
 
+
+def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponseBase]:
+    """Return the ordinary, synchronous Django view for the handshakes of a view."""
+    _check_async(view)
+
     def handshake(request: http.HttpRequest, /, *args: Any, **kwargs: Any) -> Any:
         if getattr(request, "scope", {}).get("type") != "websocket":
             return _upgrade_required(request)
-        request.get_host()  # ALLOWED_HOSTS, also where no middleware asks
-        # A browser lets any page open a WebSocket to any site and sends that site's
-        # cookies along; only the Origin header tells (RFC 6455, section 10.2). Clients
-        # that are no browsers send none, and carry nobody's cookies by themselves.
-        origin = request.META.get("HTTP_ORIGIN")
-        if origin is not None and not getattr(handshake, "csrf_exempt", False):
-            # Private, but nothing public compares an origin without asking for a CSRF
-            # token too.
-            csrf: Any = CsrfViewMiddleware(lambda request: http.HttpResponse())
-            if not csrf._origin_verified(request):
-                return csrf._reject(request, REASON_BAD_ORIGIN % origin)
-        return _SwitchingProtocols(request, view, args, kwargs)
+        request.get_host()  # ALLOWED_HOSTS, even if no middleware asks
+        if not getattr(handshake, "csrf_exempt", False):
+            if refusal := _refuse_origin(request):
+                return refusal
+        _load_user(request)
+        call = lambda socket: view(socket, *args, **kwargs)  # noqa: E731
+        return _SwitchingProtocols(call, request)
 
-    update_wrapper(handshake, view, updated=())
+    functools.update_wrapper(handshake, view, updated=())
     for name, value in getattr(view, "__dict__", {}).items():
         # What decorators leave for the middleware (csrf_exempt, login_required), not
-        # the marker of View.as_view(): Django would await a synchronous view for it.
+        # the marker of View.as_view(), for which Django would await a synchronous view.
         setattr(handshake, name, value)
         if is_async(handshake):
             delattr(handshake, name)
@@ -1235,10 +1085,7 @@ def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponse]:
 
 
 def websocket(
-    route: Any,
-    view: View,
-    kwargs: dict[str, Any] | None = None,
-    name: str | None = None,
+    route: Any, view: View, kwargs: Any = None, name: str | None = None
 ) -> urls.URLPattern:
     """Route a WebSocket to `view`: `django.urls.path` for sockets.
 
@@ -1254,10 +1101,7 @@ def websocket(
 
 
 def re_websocket(
-    route: Any,
-    view: View,
-    kwargs: dict[str, Any] | None = None,
-    name: str | None = None,
+    route: Any, view: View, kwargs: Any = None, name: str | None = None
 ) -> urls.URLPattern:
     """Route a WebSocket to `view` by a regular expression: `django.urls.re_path`.
 
@@ -1266,163 +1110,89 @@ def re_websocket(
     return urls.re_path(route, _handshake_view(view), kwargs, name)
 
 
-# ASGI
+# The handshake and the life of a connection
 
 
-class _Worker(futures.ThreadPoolExecutor):
-    """One thread of the pool, the number of sockets that hold it, and of their jobs."""
+def _get_headers(response: HttpResponseBase) -> list[tuple[bytes, bytes]]:
+    """Return a response's headers as ASGI wants them: bytes, names in lower case."""
+    cookies = [("Set-Cookie", c.OutputString()) for c in response.cookies.values()]
+    return [
+        (name.lower().encode("ascii"), value.encode("latin-1"))
+        for name, value in [*response.items(), *cookies]
+    ]
 
-    def __init__(self) -> None:
-        super().__init__(1, "django_ws")
-        self.holders = self.jobs = 0
-        self.used = 0.0  # when a socket gave it back
-        self.dirty = False  # whether it ran anything since its connections were tended
 
+def _run_sync_code_in(
+    executor: futures.Executor,
+) -> contextvars.Token[ThreadSensitiveContext]:
+    """Let `sync_to_async` run thread-sensitive code in `executor`, in this context.
 
-def _tend_connections(held: bool = False) -> None:
-    """Close this thread's database connections that are too old, as after a request.
-
-    Unless the socket goes on (`held`), forget what was set on them, too: middleware of
-    many tenants sets the tenant there; the next socket's is another.
+    asgiref 3.13 does it by `ThreadSensitiveContext(executor=…)`. Django 5.2 accepts an
+    older one, which finds the executor in the same mapping.
     """
-    for connection in connections.all(initialized_only=True):
-        if held and connection.in_atomic_block:
-            continue
-        connection.close_if_unusable_or_obsolete()
-        # Makes Django ask the server before the next query, so that a restart of the
-        # database fails none: a WebSocket cannot be asked again as a browser asks for
-        # a page.
-        setattr(connection, "health_check_enabled", True)
-        # A transaction that was left open was just cut off, which Django remembers.
-        gone = connection.connection is None or connection.closed_in_transaction
-        if gone and not held:
-            del connections[connection.alias]
+    context = ThreadSensitiveContext()
+    SyncToAsync.context_to_thread_executor[context] = executor
+    return SyncToAsync.thread_sensitive_context.set(context)
 
 
-class _Lease(futures.Executor):
-    """The worker thread of one socket, held only while it runs synchronous code.
+@sync_to_async
+def _run_django(function: abc.Callable[..., Any], *args: Any) -> Any:
+    """Run a synchronous part of Django's, which sends the signals of a request."""
+    with ExitStack() as stack:
+        if not threading.current_thread().name.startswith("django_ws"):
+            # The thread of a TestCase, whose connection the signals must not close:
+            # Django's own test client takes the same care.
+            for signal in (signals.request_started, signals.request_finished):
+                signal.disconnect(close_old_connections)
+                stack.callback(signal.connect, close_old_connections)
+        return function(*args)
 
-    asgiref takes it for the executor of the connection's thread-sensitive context. One
-    thread for all sockets would run one query at a time; one for each would hold
-    a database connection for each. So a socket borrows one of a few.
+
+def _set_variables(context: contextvars.Context) -> None:
+    """Set the variables of the middleware again, at the end of a hop to a thread.
+
+    asgiref carries them to the task that awaits the hop, and with them the data of
+    `asgiref.local.Local` (language, time zone, urlconf), which is tied to a thread.
     """
-
-    SIZE = min(32, (os.cpu_count() or 1) + 4)
-    IDLE = 5.0  # seconds without synchronous code, after which the thread goes back
-
-    workers: ClassVar[list[_Worker]] = []  # of the process
-    lock = threading.Lock()
-
-    def __init__(self) -> None:
-        self.worker: _Worker | None = None
-        self.jobs = 0
-        self.timer: asyncio.TimerHandle | None = None
-        self.used = 0.0  # when a job ended
-        self.ended = False  # the socket has ended; a job of it may still run
-
-    def submit(self, fn: abc.Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run `fn` on the thread that this socket holds (concurrent.futures)."""
-        with self.lock:
-            if self.worker is None:
-                workers = self.workers
-                if len(workers) < self.SIZE and all(w.holders for w in workers):
-                    workers.append(_Worker())
-                # The first that is free: so few threads, with warm connections, do all
-                # the work of a quiet site. Where all are taken, sockets share.
-                self.worker = min(workers, key=lambda w: (w.jobs, w.holders))
-                self.worker.holders += 1
-                idle = time.monotonic() - self.worker.used
-                if self.worker.holders == 1 and idle > self.IDLE:
-                    # Connections on it may have grown too old meanwhile.
-                    self.worker.submit(_tend_connections)
-            worker = self.worker
-            worker.dirty = True
-            self.jobs += 1
-            worker.jobs += 1
-        if self.timer is None and not self.ended:
-            self.look()
-        job = worker.submit(fn, *args, **kwargs)
-        job.add_done_callback(partial(self.done, worker))
-        return job
-
-    def done(self, worker: _Worker, job: futures.Future[Any]) -> None:
-        """Note that a job has ended; called on whatever thread it ended."""
-        with self.lock:
-            self.jobs -= 1
-            worker.jobs -= 1
-        self.used = time.monotonic()
-        if self.ended:
-            self.release()
-
-    def look(self) -> None:
-        """Give the thread back when it has run nothing for a while."""
-        idle = 0.0 if self.jobs else time.monotonic() - self.used
-        if idle < self.IDLE:
-            loop = asyncio.get_running_loop()
-            self.timer = loop.call_later(self.IDLE - idle, self.look)
-            if self.worker and self.worker.holders == 1 and not self.jobs:
-                # Now and then, for a view that never lets it go.
-                self.worker.submit(_tend_connections, held=True)
-        else:
-            self.release()
-
-    def release(self, end: bool = False) -> None:
-        """Give the thread back, with its old connections closed as after a request.
-
-        It stays while a job runs, a child task's say; at the socket's end until then.
-        """
-        with self.lock:
-            self.ended = self.ended or end
-            # No other thread cancels it: at the end there is none any more.
-            if self.timer is not None and (end or not self.jobs):
-                self.timer.cancel()
-                self.timer = None
-            worker = self.worker
-            if self.jobs or worker is None:
-                return
-            self.worker = None
-            worker.holders -= 1
-            worker.used = time.monotonic()
-            # What another socket reads from an open cursor is not cut off.
-            if worker.dirty and not worker.holders:
-                worker.submit(_tend_connections)
-
-    def tend(self) -> None:
-        """Tend the thread's connections from within a job, if it is this socket's."""
-        with self.lock:
-            worker = self.worker
-            if worker is None or worker.holders > 1:
-                return
-            worker.dirty = False
-        _tend_connections()
-
-    @sync_to_async
-    def run(self, function: abc.Callable[..., Any], *args: Any) -> Any:
-        """Run a synchronous part of Django's, which sends its signals of a request."""
-        with ExitStack() as stack:
-            if self.worker is None:
-                # In the thread of a TestCase, whose transaction the signals must not
-                # end: Django's own test client takes the same care.
-                for signal in (signals.request_started, signals.request_finished):
-                    signal.disconnect(close_old_connections)
-                    stack.callback(signal.connect, close_old_connections)
-            return function(*args)
+    executor = getattr(AsyncToSync.executors, "current", None)
+    for variable, value in context.items():
+        variable.set(value)
+    # Asynchronous middleware left an executor there that has ended.
+    AsyncToSync.executors.current = executor
 
 
-class WebSocketHandler(asgi.ASGIHandler):
-    """Django's request handler, for handshakes, and what comes after them."""
+class _Accepted:
+    """A socket, and what its view returned (a coroutine, as a rule) or raised."""
+
+    def __init__(self, socket: WebSocket, result: Any) -> None:
+        self.socket = socket
+        self.result = result
+
+    def __del__(self) -> None:  # nobody took them: the server has cancelled
+        if inspect.iscoroutine(self.result):
+            self.result.close()
+
+
+class WebSocketHandler(base.BaseHandler):
+    """Django's request handler, for handshakes, and what comes after them.
+
+    It derives from BaseHandler, since instrumentation patches ASGIHandler for HTTP.
+    """
 
     def __init__(self, app: Application) -> None:
         self.app = app
-        # Synchronous, unlike ASGIHandler: each of Django's middlewares in async mode
-        # hops to a thread and back, the whole chain in sync mode hops once.
+        # Synchronous: each of Django's middlewares in async mode hops to a thread and
+        # back, the whole chain in sync mode hops once.
         self.load_middleware()
 
     def resolve_request(self, request: http.HttpRequest) -> urls.ResolverMatch:
-        """Resolve as Django does, but to no view that is none for WebSockets."""
+        """Resolve as Django does, but only to views for WebSockets."""
         match = super().resolve_request(request)
         if not hasattr(match.func, "websocket_view"):
-            raise http.Http404(f"{request.path} is no WebSocket route")
+            raise http.Http404(
+                f"{request.path} is not a WebSocket route: path() routes it, and "
+                "websocket() would be needed"
+            )
         return match
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -1432,132 +1202,211 @@ class WebSocketHandler(asgi.ASGIHandler):
         connect = await receive()
         if connect["type"] != ReceiveEvent.CONNECT:
             return
-        lease = _Lease()
-        context = ThreadSensitiveContext()
-        # The mapping that `ThreadSensitiveContext(executor=…)` of newer asgirefs fills;
-        # Django 5.2 is content with one that does not have it.
-        SyncToAsync.context_to_thread_executor[context] = lease
-        token = SyncToAsync.thread_sensitive_context.set(context)
+        token = _run_sync_code_in(_threads(os.getpid()).handshakes)
+        # Keep what Sentry learns about a client from all others. What it patches to do
+        # so, sockets do not pass.
+        sentry = sys.modules.get("sentry_sdk")
         try:
-            await self.serve(WebSocket(scope, connect, receive, send, lease))
+            with getattr(sentry, "isolation_scope", nullcontext)():
+                answer = await _run_django(self.handshake, scope, receive, send)
+                if isinstance(answer, _Accepted):
+                    await self.serve(answer)
+                else:
+                    await self.refuse(answer, scope, send)
         finally:
             SyncToAsync.thread_sensitive_context.reset(token)
-            lease.release(end=True)
 
-    async def serve(self, socket: WebSocket) -> None:
-        """Run the handshake and the view of one connection."""
-        response = await socket._lease.run(self.start, socket)
-        if not isinstance(response, _SwitchingProtocols):
-            return await self.refuse(socket, response)
-        socket._lease.release()
-        socket._refuse = partial(self.refuse_by_view, socket, response)
-        cookies = [("Set-Cookie", c.OutputString()) for c in response.cookies.values()]
-        socket._headers = [
-            (name.lower().encode("ascii"), value.encode("latin-1"))
-            for name, value in [*response.items(), *cookies]
-            if name != "Content-Type" and not _SERVERS_OWN.fullmatch(name)
+    def handshake(self, scope: Scope, receive: Receive, send: Send) -> Any:
+        """Do all of a handshake that is synchronous, in a worker thread.
+
+        Returns what `serve` takes, or what `refuse` takes.
+        """
+        response = self.get_handshake_response(scope)
+        response._handler_class = self.__class__
+        if not isinstance(response, _SwitchingProtocols) or response.status_code != 101:
+            return self.render(response)  # middleware may have changed the status
+        headers = [
+            (name, value)
+            for name, value in _get_headers(response)
+            if name != b"content-type" and not _RESERVED.fullmatch(name.decode())
         ]
-        result, response.result = response.result, None
-        del response  # an idle socket has no use for them
-        result = await self.run_view(socket, result)
-        await socket._flush()
-        if socket._refuse is None:
-            await socket.close()
-        elif socket._state == "closed":
-            # The client left during the handshake; uvicorn logs an error where it gets
-            # no answer even so.
-            socket._refuse = None
-            with suppress(OSError, RuntimeError):
-                await socket._send({"type": SendEvent.CLOSE})
-        else:
-            try:
-                await socket._refuse(result)
-            finally:
-                del result  # an exception, whose traceback leads back to this frame
-
-    async def run_view(self, socket: WebSocket, result: Any) -> Any:
-        """Await a view; return what refuses the handshake where it did not accept."""
-        task: Any = asyncio.current_task()
-        socket._task = task
-        socket._watch()
+        refuse = functools.partial(self.refuse_by_view, response)
+        socket = WebSocket(scope, response.request, receive, send, headers, refuse)
         try:
-            try:
-                return await result if inspect.isawaitable(result) else result
-            except asyncio.CancelledError as error:
-                if task.cancelling() > socket._cancelling:
-                    raise  # somebody else's cancellation goes on its way
-                if socket._state == "closed":
-                    return None
-                message = "the view awaited something that was cancelled"
-                raise RuntimeError(message) from error
-            finally:
-                socket._stop()
-                if socket._cancelling:
-                    task.uncancel()
+            # The synchronous part of a view (dispatch() of a class-based view with
+            # LoginRequiredMixin, say) may query the database, since it runs here.
+            accepted = _Accepted(socket, response.context.run(response.view, socket))
         except Exception as error:
-            return await self.handle_exception(socket, error)
-
-    def start(self, socket: WebSocket) -> Any:
-        """Do all of a handshake that is synchronous; it runs in a worker thread."""
-        # What a handshake is to Django: a GET, over http or https.
-        scheme = "https" if socket.scope.get("scheme") == "wss" else "http"
-        scope = {**socket.scope, "method": "GET", "scheme": scheme}
-        urls.set_script_prefix(asgi.get_script_prefix(scope))
-        signals.request_started.send(sender=self.__class__, scope=scope)
-        request, response = self.create_request(scope, io.BytesIO())
-        if request is not None:  # else the query string is no UTF-8
-            socket.request = request
-            response = self.get_response(request)
-        setattr(response, "_handler_class", self.__class__)
-        if not isinstance(response, _SwitchingProtocols):
-            return response
-        # Middleware may have handed on a request of its own.
-        socket.request, view, args, kwargs = response.call
-        try:
-            # For an `async def` this only makes the coroutine. The synchronous part of
-            # others (dispatch() of a class-based view with LoginRequiredMixin, say) may
-            # query the database, since it runs here.
-            response.result = view(socket, *args, **kwargs)
-        except Exception as error:
-            response.result = error
+            accepted = _Accepted(socket, error)
         # The request is finished where the socket begins (signal request_finished).
         response.close()
-        socket._lease.tend()
-        urls.set_urlconf(getattr(socket.request, "urlconf", None))
-        return response
+        _set_variables(response.context)
+        return accepted
+
+    def get_handshake_response(self, scope: Scope) -> Any:
+        """Return Django's response to a handshake, as to a GET over http or https."""
+        scheme = "https" if scope.get("scheme") == "wss" else "http"
+        scope = {**scope, "method": "GET", "scheme": scheme}
+        urls.set_script_prefix(asgi.get_script_prefix(scope))
+        signals.request_started.send(sender=self.__class__, scope=scope)
+        try:
+            request = asgi.ASGIRequest(scope, io.BytesIO())
+        except UnicodeDecodeError:  # in the query string
+            return http.HttpResponseBadRequest()
+        return self.get_response(request)
+
+    def render(self, response: Any) -> tuple[Any, bytes | None]:
+        """Return a refusal and its body, complete; None if that is asynchronous."""
+        if getattr(response, "is_async", False):
+            return response, None
+        body = response.getvalue()
+        response.close()
+        return response, body
+
+    async def refuse(
+        self, refusal: tuple[Any, bytes | None], scope: Scope, send: Send
+    ) -> None:
+        """Answer a handshake by an HTTP response, in one piece.
+
+        By ASGI's extension "WebSocket Denial Response"; a server without it makes
+        a 403 of `websocket.close`.
+        """
+        response, body = refusal
+        if body is None:
+            try:
+                body = b"".join([part async for part in response])
+            finally:
+                await _run_django(response.close)
+        extension = "websocket.http.response"
+        events: list[Event] = [{"type": SendEvent.CLOSE}]
+        if extension in (scope.get("extensions") or ()):
+            start = {"type": f"{extension}.start", "status": response.status_code}
+            start["headers"] = _get_headers(response)
+            events = [start, {"type": f"{extension}.body", "body": body}]
+        with suppress(OSError, RuntimeError):  # the client has gone
+            for event in events:
+                await send(event)
+        # uvicorn logs an error if the application ends before it has closed.
+        await asyncio.sleep(0)
+
+    async def serve(self, accepted: _Accepted) -> None:
+        """Run the view of a socket, and end the connection as the view ended."""
+        socket, result = accepted.socket, accepted.result
+        accepted.result = None  # it is taken
+        executor = _ViewExecutor()
+        _run_sync_code_in(executor)
+        try:
+            if inspect.isawaitable(result):
+                result = await self.run_view(socket, result)
+            if socket._refuse is not None:
+                await socket._answer(self.get_failure(result))
+            elif isinstance(result, Exception):
+                await socket.close(*await self.get_close(socket, result))
+            elif socket.connected:
+                await socket.close()
+            await socket._flush(socket.FLUSH)
+        finally:
+            del result  # an exception, whose traceback leads back to this frame
+            socket._abandon()
+            executor.end()
+
+    async def run_view(self, socket: WebSocket, view: abc.Awaitable[Any]) -> Any:
+        """Return what the view of a socket returned or raised."""
+        view_task, cancelled = socket._start(view), False
+        task = view_task.task
+        while not task.done():
+            try:
+                await view_task.wait()
+            except (
+                asyncio.CancelledError
+            ):  # by the server: the view's does not come here
+                cancelled = True
+                view_task.cancel()
+        socket._stop()
+        if not task.cancelled():
+            error = task.exception()
+            result = error if isinstance(error, Exception) else task.result()
+        elif cancelled or socket._state in ("closing", "closed"):
+            result = None
+        else:
+            result = RuntimeError("the view awaited something that was cancelled")
+        if not cancelled:
+            return result
+        if isinstance(result, Exception):
+            await self.get_close(socket, result)  # this logs it
+        raise asyncio.CancelledError
+
+    def get_failure(self, result: Any) -> Any:
+        """Return a view's result, or what it raised besides `WebSocketDisconnect`.
+
+        A TaskGroup in a view wraps what its tasks raise into a group.
+        """
+        if not isinstance(result, Exception):
+            return result
+        rest: Any = ExceptionGroup("", [result]).split(WebSocketDisconnect)[1]
+        while isinstance(rest, ExceptionGroup) and len(rest.exceptions) == 1:
+            [rest] = rest.exceptions
+        return rest
+
+    async def get_close(self, socket: WebSocket, error: Exception) -> tuple[int, str]:
+        """Return the code and reason to close with for what a view raised."""
+        failure = self.get_failure(error)
+        code, reason = int(CloseCode.INTERNAL_ERROR), ""
+        if failure is None:
+            end: Any = error
+            while isinstance(end, ExceptionGroup):
+                end = end.exceptions[0]
+            try:  # perhaps it is another socket's end
+                event = _close_event(end.code, end.reason)
+                code, reason = event["code"], event["reason"]
+            except (TypeError, ValueError):
+                code = CloseCode.NORMAL_CLOSURE
+        elif isinstance(failure, InvalidMessage):  # the client's fault: nothing to log
+            code, reason = failure.code, str(failure)
+        else:
+            denied = isinstance(failure, PermissionDenied)
+            if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS and not denied:
+                raise failure
+            await self.report(socket.request, error, denied)
+            if conf.settings.DEBUG:
+                reason = f"{type(failure).__name__}: {failure}"
+            if denied:
+                code = CloseCode.POLICY_VIOLATION
+        # A frame takes 123 bytes (RFC 6455, section 5.5).
+        return code, reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
+
+    @sync_to_async
+    def report(self, request: asgi.ASGIRequest, error: Exception, denied: bool) -> None:
+        """Log and signal an exception after accept() as Django does those of views."""
+        message, status = "Internal Server Error: %s", 500
+        if denied:
+            message, status = "Forbidden (Permission denied): %s", 403
+        traceback = error.__traceback__
+        try:
+            raise error  # receivers look at sys.exc_info()
+        except Exception:
+            if not denied:
+                signals.got_request_exception.send(sender=None, request=request)
+            response = http.HttpResponse(status=status)
+            about: Any = {"response": response, "request": request, "exception": error}
+            log_response(message, request.path, **about)
+        error.__traceback__ = traceback  # without this frame: no cycle
 
     async def refuse_by_view(
-        self, socket: WebSocket, handshake: http.HttpResponse, result: Any
+        self, handshake: http.HttpResponse, socket: WebSocket, result: Any
     ) -> None:
         """Refuse for what a view returned or raised before accept()."""
         call = self.get_refusal, socket.request, result, handshake
-        await self.refuse(socket, await socket._lease.run(*call))
+        refusal = await _run_django(*call)
+        await self.refuse(refusal, socket.scope, socket._send)
 
     def get_refusal(
         self, request: asgi.ASGIRequest, result: Any, handshake: http.HttpResponse
     ) -> Any:
         """Return the response to what a view returned or raised before accept()."""
-
-        def get_response(request: http.HttpRequest) -> Any:
-            if result is None:
-                resolver = urls.get_resolver(urls.get_urlconf())
-                denied = PermissionDenied()
-                return exception.get_exception_response(request, resolver, 403, denied)
-            if isinstance(result, Exception):
-                response = self.process_exception_by_middleware(result, request)
-                if response is None:
-                    raise result
-                return response
-            if not isinstance(result, HttpResponseBase):
-                raise TypeError(
-                    f"the view of {request.path} returned {result!r} before accept(): "
-                    "return an HttpResponse to refuse, or None"
-                )
-            render = getattr(result, "render", None)
-            return render() if callable(render) else result
-
         traceback = getattr(result, "__traceback__", None)
         signals.request_started.send(sender=self.__class__, scope=request.scope)
+        get_response = functools.partial(self.get_view_response, result)
         response: Any = exception.convert_exception_to_response(get_response)(request)
         response._handler_class = self.__class__
         response._resource_closers.append(request.close)
@@ -1573,79 +1422,26 @@ class WebSocketHandler(asgi.ASGIHandler):
             log_response(*message, response=response, request=request)
         if isinstance(result, Exception):
             result.__traceback__ = traceback  # without this frame: no cycle
-        return response
+        return self.render(response)
 
-    async def handle_exception(self, socket: WebSocket, error: Exception) -> Any:
-        """Close an accepted socket for its view's exception; return one from before."""
-        # What is left of it besides that the client has gone: a TaskGroup in a view
-        # wraps what its tasks raise into a group.
-        rest: Any = ExceptionGroup("", [error]).split(WebSocketDisconnect)[1]
-        while isinstance(rest, ExceptionGroup) and len(rest.exceptions) == 1:
-            [rest] = rest.exceptions
-        if rest is None or socket._state == "connecting":
-            return rest
-        code, reason = int(CloseCode.INTERNAL_ERROR), ""
-        if isinstance(rest, InvalidMessage):  # the client's fault: nothing to log
-            code, reason = rest.code, str(rest)
-        else:
-            denied = isinstance(rest, PermissionDenied)
-            if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS and not denied:
-                raise rest
-            traceback = error.__traceback__
-            await self.report(socket.request, error, denied)
-            error.__traceback__ = traceback  # without a frame of asgiref's: no cycle
-            if conf.settings.DEBUG:
-                reason = f"{type(rest).__name__}: {rest}"
-            if denied:
-                code = CloseCode.POLICY_VIOLATION
-        # A frame takes 123 bytes (RFC 6455, section 5.5).
-        reason = reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
-        await socket.close(code, reason)
-        return None
-
-    @sync_to_async
-    def report(self, request: asgi.ASGIRequest, error: Exception, denied: bool) -> None:
-        """Log and signal an exception after accept() as Django does those of views."""
-        if denied:
-            message, status = "Forbidden (Permission denied): %s", 403
-        else:
-            message, status = "Internal Server Error: %s", 500
-            # Receivers look at sys.exc_info(), which asgiref hands on to this thread.
-            signals.got_request_exception.send(sender=None, request=request)
-        response = http.HttpResponse(status=status)
-        log_response(
-            message, request.path, response=response, request=request, exception=error
-        )
-
-    async def refuse(self, socket: WebSocket, response: Any) -> None:
-        """Answer a handshake by an HTTP response that is not 101.
-
-        By ASGI's extension "WebSocket Denial Response"; a server without it makes
-        a 403 of `websocket.close`.
-        """
-        events: list[dict[str, Any]] = []
-
-        async def send(event: Event) -> None:
-            events.append(dict(event))
-
-        try:
-            # Complete before it starts, and in one piece: uvicorn's older
-            # implementation sends what it has when the event loop turns.
-            await self.send_response(response, send)
-            extension = "websocket.http.response"
-            if extension in (socket.scope.get("extensions") or ()):
-                start, *parts = events
-                body = b"".join(part.get("body", b"") for part in parts)
-                start["type"] = f"{extension}.start"
-                events = [start, {"type": f"{extension}.body", "body": body}]
-            else:
-                events = [{"type": SendEvent.CLOSE}]
-            with suppress(OSError, RuntimeError):  # the client has gone
-                for event in events:
-                    await socket._send(event)
-            socket._refuse = None
-        finally:
-            await socket._lease.run(response.close)
+    def get_view_response(self, result: Any, request: http.HttpRequest) -> Any:
+        """Return or raise what an HTTP view would that ended like this one."""
+        if result is None:
+            resolver = urls.get_resolver(urls.get_urlconf())
+            denied = PermissionDenied()
+            return exception.get_exception_response(request, resolver, 403, denied)
+        if isinstance(result, Exception):
+            response = self.process_exception_by_middleware(result, request)
+            if response is None:
+                raise result
+            return response
+        if not isinstance(result, HttpResponseBase):
+            raise TypeError(
+                f"the view of {request.path} returned {result!r} before accept(): "
+                "return an HttpResponse to refuse, or None"
+            )
+        render = getattr(result, "render", None)
+        return render() if callable(render) else result
 
 
 def websockets(app: Application) -> Application:
@@ -1653,15 +1449,501 @@ def websockets(app: Application) -> Application:
 
     Wrap what `get_asgi_application()` returned. Each handshake passes
     `settings.MIDDLEWARE`, of which this makes instances of its own.
+
+    Raises `ImproperlyConfigured` for mistakes in `settings.WEBSOCKETS`.
     """
-    _new_groups()  # what is wrong in WEBSOCKETS, now and not at the first join()
+    _new_groups()  # report a mistake now and not at the first join()
     return WebSocketHandler(app)
+
+
+# Threads: where the synchronous code of views runs
+
+
+class _Threads:
+    """The threads of one process: some for handshakes, others for views.
+
+    Middleware leaves its marks on threads and their database connections (the tenant,
+    the current user). Each handshake sets its own, as on a WSGI worker's thread. Views
+    run where no middleware ever ran: what is missing there is never somebody else's.
+    """
+
+    SIZE = min(32, (os.cpu_count() or 1) + 4)
+
+    def __init__(self) -> None:
+        self.handshakes = futures.ThreadPoolExecutor(self.SIZE, "django_ws_handshake")
+        self.views = futures.ThreadPoolExecutor(self.SIZE, "django_ws_view")
+        self.lock = threading.Lock()  # guards what follows, and `_ViewExecutor`
+        self.turns = 0  # sockets that have a thread of `views`, or wait for one
+        # The sockets whose threads have nothing to do, the first since longest.
+        self.idle: dict[_ViewExecutor, None] = {}
+
+    @property
+    def scarce(self) -> bool:
+        """Whether sockets wait for a thread."""
+        return self.turns > self.SIZE
+
+
+@functools.cache
+def _threads(pid: int) -> _Threads:
+    """Return the threads of this process; a fork has none of its parent's."""
+    return _Threads()
+
+
+class _ViewExecutor(futures.Executor):
+    """Runs the synchronous code of one socket's view, one call at a time.
+
+    asgiref takes it for the executor of the socket's thread-sensitive context. One
+    thread for all sockets would run one query at a time, and one for each would hold
+    a database connection for each. So sockets take turns: a socket has one job in the
+    pool, its turn, which runs its calls until there is none for IDLE seconds; or, while
+    other sockets wait for a thread, until there is none or IDLE seconds have passed.
+    """
+
+    IDLE = 0.1
+
+    def __init__(self) -> None:
+        self.calls: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None ends the turn
+        self.has_turn = False
+        self.ended = False  # the socket
+
+    def submit(self, fn: abc.Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run `fn` in this socket's turn (concurrent.futures)."""
+        future: futures.Future[Any] = futures.Future()
+        threads = _threads(os.getpid())
+        with threads.lock:
+            if not self.has_turn:
+                threads.views.submit(self.take_turn, threads)
+                self.has_turn = True
+                threads.turns += 1
+                if threads.scarce and threads.idle:
+                    other = next(iter(threads.idle))
+                    del threads.idle[other]  # the next one to wait ends another's turn
+                    other.calls.put(None)
+            self.calls.put((future, functools.partial(fn, *args, **kwargs)))
+        return future
+
+    def end(self) -> None:
+        """Give the thread back as soon as no call is left: the socket has ended."""
+        with _threads(os.getpid()).lock:
+            self.ended = True
+            if self.has_turn:
+                self.calls.put(None)
+
+    def take_turn(self, threads: _Threads) -> None:
+        """Run what the socket calls, in a thread of the pool."""
+        deadline = time.monotonic() + self.IDLE
+        while (call := self.get_call(threads, deadline)) is not None:
+            _run_call(*call)
+            del call  # it refers to the socket
+            _tend_connections(end=False)
+        _tend_connections(end=True)
+        with threads.lock:
+            if self.calls.empty():
+                self.has_turn = False
+                threads.turns -= 1
+            else:  # after all who wait now
+                threads.views.submit(self.take_turn, threads)
+
+    def get_call(self, threads: _Threads, deadline: float) -> Any:
+        """Return the socket's next call, or None when its turn ends."""
+        with threads.lock:
+            if self.calls.empty():
+                if self.ended or threads.scarce:
+                    return None
+                threads.idle[self] = None
+            elif threads.scarce and time.monotonic() > deadline:
+                return None
+        try:
+            return self.calls.get(timeout=self.IDLE)
+        except queue.Empty:
+            return None
+        finally:
+            with threads.lock:
+                threads.idle.pop(self, None)
+
+
+def _run_call(future: futures.Future[Any], call: abc.Callable[[], Any]) -> None:
+    """Run a call as concurrent.futures does."""
+    if future.set_running_or_notify_cancel():
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+    del future, call  # the exception's traceback leads to this frame
+
+
+def _tend_connections(end: bool) -> None:
+    """Close this thread's database connections, as Django does after a request.
+
+    That rolls back a transaction that was left open. At the `end` of a turn, what was
+    set on a closed connection is forgotten, too. Before it, only connections that
+    failed are closed, for others may be in use from one call to the next.
+    """
+    for connection in connections.all(initialized_only=True):
+        try:
+            if end or connection.autocommit and connection.errors_occurred:
+                connection.close_if_unusable_or_obsolete()
+            if end and (not connection.connection or connection.closed_in_transaction):
+                del connections[connection.alias]
+        except Exception:
+            _logger.exception("A database connection could not be closed")
+
+
+# Groups
+
+# A task that starts at once sends at once, if the server need not wait for the client.
+_EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
+class _Outbox:
+    """What groups send to one client, in order.
+
+    Only what the server cannot take at once waits here: its client reads slowly.
+    """
+
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque()
+        self.size = 0  # of the events, in bytes
+        self.task: asyncio.Task[Any] | None = None  # sends
+        self.blocked = False  # the server has not taken what it was given
+
+    def put(self, socket: WebSocket, event: Event) -> None:
+        """Send an event now or later; this never waits."""
+        if self.task is not None:
+            self.events.append(event)
+            self.size += _size_of(event)
+            return
+        loop = asyncio.get_running_loop()
+        task = asyncio.Task(self.send(socket, event), loop=loop, **_EAGER)
+        if not task.done():
+            self.task = task
+
+    def holds_more_than(self, limit: int) -> bool:
+        """Whether more waits than `limit` (bytes); on Python 3.11 tasks start later."""
+        return self.blocked and self.size > limit
+
+    def clear(self) -> None:
+        self.events.clear()
+        self.size = 0
+
+    def cancel(self) -> None:
+        """Send nothing more."""
+        self.clear()
+        if self.task is not None:
+            self.task.cancel()
+
+    async def send(self, socket: WebSocket, event: Event) -> None:
+        """Send an event and all that waits, as fast as the client reads."""
+        self.task = asyncio.current_task()
+        try:
+            while True:
+                self.blocked = True
+                await socket._send(event)
+                self.blocked = False
+                if not self.events:
+                    break
+                event = self.events.popleft()
+                self.size -= _size_of(event)
+        except (Exception, asyncio.CancelledError) as error:
+            self.clear()
+            socket._note_failed_send()
+            expected = OSError, RuntimeError, asyncio.CancelledError
+            if not isinstance(error, expected):  # as in WebSocket.send()
+                _logger.exception("A message to a group was not sent")
+        finally:
+            self.task = None
+
+
+class _Groups:
+    """The groups of one event loop; messages stay in this process."""
+
+    # The event loops of this process that have sockets in groups.
+    loops: ClassVar[dict[asyncio.AbstractEventLoop, "_Groups"]] = {}
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.limit: int = options["OUTBOX"]
+        # The sockets of each group, in the order in which they joined: messages that
+        # overtake each other within a large group would reach members out of order.
+        self.members: dict[str, dict[WebSocket, None]] = {}
+
+    async def join(self, group: str, socket: WebSocket) -> None:
+        """Add a socket; what is published from now on reaches it."""
+        self.loops[asyncio.get_running_loop()] = self
+        self.members.setdefault(group, {})[socket] = None
+
+    def leave(self, group: str, socket: WebSocket) -> None:
+        """Remove a socket; an empty group leaves no trace."""
+        members = self.members.get(group, {})
+        members.pop(socket, None)
+        if not members:
+            self.members.pop(group, None)
+        if not self.members:
+            self.loops.pop(asyncio.get_running_loop(), None)
+
+    async def publish(self, group: str, event: Event) -> None:
+        """Send an event to the group's sockets, whichever loop they are on."""
+        for loop, groups in list(self.loops.items()):
+            if loop.is_closed():
+                self.loops.pop(loop, None)
+            elif loop.is_running() and loop is not asyncio.get_running_loop():
+                asyncio.run_coroutine_threadsafe(groups.deliver(group, event), loop)
+        await self.deliver(group, event)
+        # A view that broadcasts without a pause must not stop the loop.
+        await asyncio.sleep(0)
+
+    async def deliver(self, group: str, event: Event) -> None:
+        """Hand an event to the group's sockets on this loop; wait for none of them."""
+        members = self.members.get(group, {})
+        # As they stand now, without those who leave before their turn.
+        waiting = filter(members.__contains__, tuple(members))
+        try:
+            for number, socket in enumerate(waiting, 1):
+                socket._deliver(event, self.limit)
+                if not number % 250:
+                    await asyncio.sleep(0)  # sockets outside of a large group go on
+        finally:
+            for socket in waiting:  # the sender was cancelled
+                socket._deliver(event, self.limit)
+
+
+class _RedisGroups(_Groups):
+    """Groups that span all processes on one Redis, by publish/subscribe."""
+
+    # Seconds of silence after which Redis is asked whether it is still there, and the
+    # bounds between which the pause before a new connection doubles.
+    SILENCE = 15.0
+    PAUSES = (0.1, 10.0)
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from redis.asyncio import BlockingConnectionPool, Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        super().__init__(options)
+        self.prefix = options["PREFIX"]
+        url = options["REDIS_URL"]
+        # The listener must know when the connection breaks.
+        self.subscriber: Any = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
+        # To publish there is a second try, since Redis may have closed a connection
+        # that was idle; many broadcasts at once wait for each other.
+        retry = Retry(NoBackoff(), 1)
+        pool = BlockingConnectionPool.from_url(url, max_connections=10, retry=retry)
+        self.client: Any = Redis.from_pool(pool)
+        for one in (pool, self.subscriber.connection_pool):
+            one.connection_kwargs["decode_responses"] = False  # messages may be bytes
+        self.listener: asyncio.Task[None] | None = None
+        self.pause = 0.0  # while Redis is away
+        # The groups to subscribe to or to unsubscribe from, and who joins them.
+        self.changed: set[str] = set()
+        self.joining: list[asyncio.Future[None]] = []
+        # For each channel of a SUBSCRIBE under way, who goes on when it is answered:
+        # all who joined by it go on with its last channel.
+        self.unconfirmed: deque[list[asyncio.Future[None]]] = deque()
+        self.wake = asyncio.Event()
+
+    def channel(self, group: str) -> bytes:
+        return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
+
+    async def join(self, group: str, socket: WebSocket) -> None:
+        """Add a socket, and wait until Redis has confirmed the subscription."""
+        await super().join(group, socket)
+        loop = asyncio.get_running_loop()
+        confirmed = loop.create_future()
+        self.joining.append(confirmed)
+        self.changed.add(group)
+        self.wake.set()
+        if self.listener is None:
+            # Not the view's own doing: without its context.
+            context = contextvars.Context()
+            self.listener = loop.create_task(self.listen(), context=context)
+        await confirmed
+
+    def leave(self, group: str, socket: WebSocket) -> None:
+        """Remove a socket, and unsubscribe from a group without any."""
+        super().leave(group, socket)
+        if group not in self.members:
+            self.changed.add(group)
+            self.wake.set()
+
+    async def listen(self) -> None:
+        """Listen to Redis while there are members; connect again and again."""
+        while self.members:
+            try:
+                # Begin again with all groups, and with all who still wait.
+                joining = sum(self.unconfirmed, []) + self.joining
+                self.joining = [one for one in joining if not one.done()]
+                self.unconfirmed.clear()
+                self.changed = set(self.members)
+                async with self.subscriber.pubsub() as pubsub:
+                    await pubsub.connect()
+                    async with asyncio.TaskGroup() as tasks:
+                        reader = tasks.create_task(self.read(pubsub))
+                        await self.subscribe(pubsub)
+                        reader.cancel()
+            except* Exception as group:  # whatever it is, sockets wait for their groups
+                if not self.pause:
+                    error = group.exceptions[0]
+                    _logger.warning("Redis is away, groups get no messages: %s", error)
+                self.pause = min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
+                await asyncio.sleep(self.pause * random.uniform(0.5, 1))
+        self.listener = None
+        self.confirm(sum(self.unconfirmed, []) + self.joining)  # all have left again
+        await self.client.connection_pool.disconnect(inuse_connections=False)
+
+    async def subscribe(self, pubsub: Any) -> None:
+        """Subscribe to the groups that have sockets here, and to no others."""
+        while self.members:
+            changed, self.changed = self.changed, set()
+            joining, self.joining = self.joining, []
+            old = changed - self.members.keys()
+            if new := changed - old:
+                self.unconfirmed += [[] for _ in new]
+                self.unconfirmed[-1].extend(joining)
+                await pubsub.subscribe(*map(self.channel, new))
+            else:
+                self.confirm(joining)  # they have left again
+            if old:
+                await pubsub.unsubscribe(*map(self.channel, old))
+            await self.wake.wait()
+            self.wake.clear()
+
+    def confirm(self, joining: list[asyncio.Future[None]]) -> None:
+        """Let those who join go on, except for those who have given up."""
+        for future in joining:
+            if not future.done():
+                future.set_result(None)
+
+    async def read(self, pubsub: Any) -> None:
+        """Handle what Redis sends."""
+        while True:
+            message = await pubsub.get_message(timeout=self.SILENCE)
+            if message is None:
+                await pubsub.ping()
+                message = await pubsub.get_message(timeout=self.SILENCE)
+            if message is None:
+                raise ConnectionError("Redis does not answer")
+            await self.handle(message)
+
+    async def handle(self, message: dict[str, Any]) -> None:
+        if message["type"] == "subscribe":
+            if self.pause:
+                _logger.warning("Redis is back: groups work again")
+                self.pause = 0.0
+            self.confirm(self.unconfirmed.popleft())
+        elif message["type"] == "message":
+            channel = message["channel"].decode("utf-8", "surrogatepass")
+            group = channel.removeprefix(f"{self.prefix}:")
+            kind, data = message["data"][:1], message["data"][1:]
+            try:
+                event = {"type": SendEvent.SEND, "bytes": data}
+                if kind == b"t":
+                    event = {"type": SendEvent.SEND, "text": data.decode()}
+                elif kind == b"c":
+                    number, _, reason = data.decode().partition(" ")
+                    event = _close_event(int(number), reason)
+            except ValueError:
+                return _logger.warning("Not a message of django_ws: %r", message)
+            await self.deliver(group, event)
+
+    async def publish(self, group: str, event: Event) -> None:
+        """Publish an event on Redis; the listeners of all processes deliver it."""
+        from redis import exceptions
+
+        if event["type"] == SendEvent.CLOSE:
+            data = b"c" + f"{event['code']} {event['reason']}".encode()
+        elif "text" in event:
+            data = b"t" + event["text"].encode()
+        else:
+            data = b"b" + event["bytes"]
+        try:
+            await self.client.publish(self.channel(group), data)
+        except exceptions.TimeoutError as error:
+            raise exceptions.ConnectionError("Redis does not answer") from error
+        finally:
+            if self.listener is None:  # a process, or a loop, without sockets
+                await self.client.connection_pool.disconnect(inuse_connections=False)
+
+
+def _new_groups() -> _Groups:
+    """Return what `settings.WEBSOCKETS` asks for, or raise for a mistake in it."""
+    options: dict[str, Any] = {"REDIS_URL": "", "PREFIX": "django_ws", "OUTBOX": 2**20}
+    given = getattr(conf.settings, "WEBSOCKETS", {})
+    if not isinstance(given, dict):
+        raise ImproperlyConfigured("WEBSOCKETS must be a dict")
+    for name, value in given.items():
+        wrong = f"WEBSOCKETS[{name!r}]"
+        if name not in options:
+            raise ImproperlyConfigured(f"{wrong}: use only {', '.join(options)}")
+        kind = type(options[name])
+        if type(value) is not kind:
+            raise ImproperlyConfigured(f"{wrong} must be {kind.__name__}")
+        options[name] = value
+    if options["OUTBOX"] < 1:
+        raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be at least 1 (byte)")
+    if ":" in options["PREFIX"]:  # else "a" with the group "b:c" were "a:b" with "c"
+        raise ImproperlyConfigured("WEBSOCKETS['PREFIX'] must not contain a colon")
+    if not options["REDIS_URL"]:
+        return _Groups(options)
+    try:
+        groups = _RedisGroups(options)
+        groups.client.connection_pool.make_connection()
+    except ImportError as error:
+        wrong = "WEBSOCKETS['REDIS_URL'] needs redis-py: pip install redis"
+        raise ImproperlyConfigured(wrong) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
+    return groups
+
+
+def _groups(group: str) -> _Groups:
+    """Return the groups of the running event loop, among them one of this name."""
+    if not isinstance(group, str):
+        raise TypeError(f"a group's name must be str, not {type(group).__name__}")
+    return _Groups.loops.get(asyncio.get_running_loop()) or _new_groups()
+
+
+async def broadcast(group: str, message: Any) -> None:
+    """Send a message to every socket in a group (str), on every server.
+
+    str is sent as text, bytes-like as binary, anything else as JSON, as `send_json`
+    writes it; it is encoded once. From synchronous code: `async_to_sync(broadcast)(…)`.
+    It waits for no client. One that reads so slowly that more than
+    WEBSOCKETS["OUTBOX"] bytes wait for it (1 MiB) is closed with 1013.
+
+    Cancelling it is safe: the message was sent to all members or to none.
+
+    Raises `TypeError` and `ValueError` for data that JSON cannot represent; with Redis
+    also redis-py's `ConnectionError`, and then the message is lost.
+    """
+    if isinstance(message, str):
+        body: dict[str, Any] = {"text": _escape_surrogates(message)}
+    else:
+        try:
+            body = {"bytes": bytes(memoryview(message))}
+        except TypeError:  # not bytes-like
+            body = {"text": _escape_surrogates(_encode_json(message))}
+    await _groups(group).publish(group, {"type": SendEvent.SEND, **body})
+
+
+async def close_group(
+    group: str, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
+) -> None:
+    """Close every socket in a group (str) with a code (int) and a reason (str).
+
+    After what was broadcast to the group before; the views end as when their clients
+    leave. For a session that ended, a person who lost a permission, a room that closed.
+
+    Cancelling it is safe: all members were closed or none.
+
+    Raises `ValueError` as `WebSocket.close` does, and redis-py's `ConnectionError`.
+    """
+    await _groups(group).publish(group, _close_event(code, reason))
 
 
 # Testing
 
 
-class _Client(_End):
+class _Client(_Endpoint):
     """The client's end of a WebSocket, for tests; `connect` makes and describes it."""
 
     _message = "websocket.receive"
@@ -1670,10 +1952,13 @@ class _Client(_End):
         self.scope = scope
         self.timeout = timeout
         self.subprotocol: str | None = None
+        self._state = "connecting"
+        self._end = (int(CloseCode.ABNORMAL_CLOSURE), "")
+        # The answer to the handshake, also where it is not a refusal.
         self._answer = http.HttpResponse()
         self.headers: abc.Mapping[str, str] = self._answer.headers
         self.cookies = self._answer.cookies
-        self._state = "connecting"
+        # What the view, or the server that `run` is, raised.
         self._error: BaseException | None = None
         # A view that sends far more than is received waits, as for a slow client.
         self._received: asyncio.Queue[Event] = asyncio.Queue(10_000)
@@ -1689,15 +1974,17 @@ class _Client(_End):
             await application(self.scope, self._sent.get, self._take)
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # pytest.fail() is no Exception
+        except BaseException as error:  # pytest.fail() raises no Exception
             self._error = error
-        finally:  # where the application has not closed, the connection breaks
+        finally:  # if the application has not closed, the connection breaks
             await self._received.put({"type": SendEvent.CLOSE, "code": 1006})
 
     async def _take(self, event: Event) -> None:
         if self._state == "closed":
             raise OSError("the client has gone")  # as servers do (ASGI 2.4)
         await self._received.put(event)
+        if event["type"] == "websocket.close":  # as servers do (ASGI, "Disconnect")
+            self._sent.put_nowait({**event, "type": ReceiveEvent.DISCONNECT})
 
     def _store_error(self, request: Any = None, **kwargs: Any) -> None:
         """Keep what a view raised, as the receiver of a signal of Django's."""
@@ -1709,11 +1996,14 @@ class _Client(_End):
         if error is not None:
             raise error
 
+    async def _raise_disconnect(self) -> NoReturn:
+        self._raise_error()
+        raise WebSocketDisconnect(*self._end)
+
     async def receive(self, wanted: str = "a message") -> Event:
         """Return the next event of the view (a mapping): a message, or the end."""
         if self._state == "closed":
-            self._raise_error()
-            raise self._disconnect()
+            await self._raise_disconnect()
         try:
             async with asyncio.timeout(self.timeout):
                 event = await self._received.get()
@@ -1738,9 +2028,9 @@ class _Client(_End):
         """Send one event (a mapping) to the view: a message."""
         self._raise_error()
         if self._state == "closed":
-            raise self._disconnect()
+            await self._raise_disconnect()
         self._sent.put_nowait(event)
-        await asyncio.sleep(0)  # the view's turn
+        await asyncio.sleep(0)  # let the view run
 
     async def close(
         self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
@@ -1770,6 +2060,61 @@ class _Client(_End):
         if event["type"] == SendEvent.ACCEPT:
             self._state = "open"
             self.subprotocol = event.get("subprotocol")
+
+    async def _leave(self, task: asyncio.Task[None]) -> None:
+        """Close the connection, and wait for the view to end."""
+        await self.close()
+        # A view that waits for something else is cancelled after a while.
+        seconds = None if self.timeout is None else self.timeout + WebSocket.WATCH
+        await asyncio.wait([task], timeout=seconds)
+
+    async def _give_up(self, task: asyncio.Task[None]) -> None:
+        """Cancel a view that has not ended."""
+        if not task.done():
+            hanging = TimeoutError(f"the view of {self.scope['path']} has not ended")
+            self._error = self._error or hanging
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
+
+
+def _test_headers(client: Any, host: str, headers: Any) -> dict[str, Any]:
+    """Return a handshake's headers, by name in lower case."""
+    lines: dict[str, Any] = {
+        "host": host or client.defaults.get("SERVER_NAME", "testserver"),
+        "connection": "Upgrade",
+        "upgrade": "websocket",
+        "cookie": client.cookies.output([], "", ";").strip() or None,
+    }
+    for name, value in client.defaults.items():
+        if name.startswith("HTTP_") or is_async(client.request):
+            lines[name.removeprefix("HTTP_").replace("_", "-").lower()] = value
+    return lines | {name.lower(): value for name, value in (headers or {}).items()}
+
+
+def _test_scope(
+    client: Any, path: str, headers: Any, subprotocols: abc.Iterable[str]
+) -> Scope:
+    """Return the scope of a handshake by one of Django's test clients."""
+    url = urlsplit(str(path))
+    lines = _test_headers(client, url.netloc, headers)
+    scheme = "https" if url.scheme in ("https", "wss") else "http"
+    lines.setdefault("origin", f"{scheme}://{lines['host']}")
+    return {
+        "type": "websocket",
+        "asgi": {"version": "3.0", "spec_version": "2.5"},
+        "scheme": scheme.replace("http", "ws"),
+        "path": unquote(url.path),
+        "query_string": url.query.encode(),
+        "headers": [
+            (name.encode("ascii"), str(value).encode("latin-1"))
+            for name, value in lines.items()
+            if value is not None
+        ],
+        "client": ("127.0.0.1", 0),
+        "server": ("testserver", 443 if scheme == "https" else 80),
+        "subprotocols": list(subprotocols),
+        "extensions": {"websocket.http.response": {}},
+    }
 
 
 @asynccontextmanager
@@ -1807,35 +2152,7 @@ async def connect(
     from django.test import AsyncClient
 
     client = client or AsyncClient()
-    url = urlsplit(str(path))
-    lines: dict[str, Any] = {
-        "host": url.netloc or client.defaults.get("SERVER_NAME", "testserver"),
-        "connection": "Upgrade",
-        "upgrade": "websocket",
-        "cookie": client.cookies.output([], "", ";").strip() or None,
-    }
-    for name, value in client.defaults.items():
-        if name.startswith("HTTP_") or is_async(client.request):
-            lines[name.removeprefix("HTTP_").replace("_", "-").lower()] = value
-    lines |= {name.lower(): value for name, value in (headers or {}).items()}
-    scheme = "https" if url.scheme in ("https", "wss") else "http"
-    lines.setdefault("origin", f"{scheme}://{lines['host']}")
-    scope: Scope = {
-        "type": "websocket",
-        "asgi": {"version": "3.0", "spec_version": "2.5"},
-        "scheme": scheme.replace("http", "ws"),
-        "path": unquote(url.path),
-        "query_string": url.query.encode(),
-        "headers": [
-            (name.encode("ascii"), str(value).encode("latin-1"))
-            for name, value in lines.items()
-            if value is not None
-        ],
-        "client": ("127.0.0.1", 0),
-        "server": ("testserver", 443 if scheme == "https" else 80),
-        "subprotocols": list(subprotocols),
-        "extensions": {"websocket.http.response": {}},
-    }
+    scope = _test_scope(client, path, headers, subprotocols)
     socket = scope["django_ws"] = _Client(scope, timeout)
     if client.raise_request_exception:
         signals.got_request_exception.connect(socket._store_error)
@@ -1848,21 +2165,13 @@ async def connect(
             if accepted:
                 yield socket
         finally:
-            await socket.close()
-            # A view that waits for something else is cancelled after a while.
-            seconds = None if timeout is None else timeout + WebSocket.WATCH
-            await asyncio.wait([task], timeout=seconds)
+            await socket._leave(task)
     except WebSocketDisconnect:
         socket._raise_error()  # what it ended for
         raise
     finally:
         signals.got_request_exception.disconnect(socket._store_error)
-        if not task.done():
-            where = " > ".join(one.f_code.co_name for one in _frames(task.get_coro()))
-            hanging = TimeoutError(f"the view has not ended, it stands in {where}")
-            socket._error = socket._error or hanging
-            task.cancel()
-            await asyncio.wait([task], timeout=1)
+        await socket._give_up(task)
     client.cookies.update(socket.cookies)
     socket._raise_error()
     if not accepted:
