@@ -26,6 +26,7 @@ your error pages. Serve it with an ASGI server that speaks WebSocket, for exampl
 
 import asyncio
 import contextvars
+import copy
 import enum
 import functools
 import inspect
@@ -42,16 +43,11 @@ import threading
 import time
 from collections import abc, deque
 from concurrent import futures
-from contextlib import (
-    ExitStack,
-    asynccontextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any, ClassVar, Literal, NoReturn
 from urllib.parse import unquote, urlsplit
 
-from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, async_to_sync
 from asgiref.sync import iscoroutinefunction as is_async
 from asgiref.sync import sync_to_async
 from django import conf, http, urls
@@ -150,13 +146,9 @@ class CloseCode(enum.IntEnum):
 # What can go wrong
 
 
-def _may_be_sent(code: int) -> bool:
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
-
-
 def _close_event(code: int, reason: str = "") -> dict[str, Any]:
     """Return the event for a close frame (RFC 6455, sections 5.5.1 and 7.4)."""
-    if not _may_be_sent(code):
+    if not (1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999):
         raise ValueError(f"{code!r} is not a valid close code")
     if not isinstance(reason, str):
         raise TypeError(f"a close reason must be str, not {type(reason).__name__}")
@@ -246,23 +238,20 @@ def _escape_surrogates(text: str) -> str:
 class _Endpoint:
     """One end of a WebSocket: messages, on top of `receive` and `send`."""
 
-    # In "closing" nothing more can be sent: a close is under way, or a send has failed
-    # and receiving has yet to tell why.
+    # In "closing" nothing more can be sent: a refusal is under way, or a send has
+    # failed and receiving has yet to tell why.
     _state: Literal["connecting", "open", "closing", "closed"]
-    # What each end adds: the primitives, and the type of the events that carry its
-    # messages.
+    # What each end adds: the primitives, the type of the events that carry its
+    # messages, and whether the size of JSON is limited.
     receive: Receive
     send: Send
     _message: str
+    _limits_json: bool
 
     @property
     def connected(self) -> bool:
         """Whether messages can be exchanged: from `accept()` to either side's end."""
         return self._state == "open"
-
-    @property
-    def _json_limit(self) -> int | None:
-        return None
 
     async def _raise_disconnect(self) -> NoReturn:
         raise NotImplementedError  # pragma: no cover
@@ -272,7 +261,7 @@ class _Endpoint:
         raise RuntimeError(message)
 
     async def _raise_unexpected(self, expected: str) -> NoReturn:
-        """Raise because the event that `receive` returned is not the expected one."""
+        """Raise because `receive` did not return the event that was expected."""
         if self._state == "closed":
             await self._raise_disconnect()
         raise InvalidMessage(CloseCode.UNSUPPORTED_DATA, f"expected {expected}")
@@ -294,9 +283,8 @@ class _Endpoint:
     async def receive_bytes(self) -> bytes:
         """Return the next message, which must be binary (bytes). Cancelling it is safe.
 
-        Raises `WebSocketDisconnect` when the connection has ended; `InvalidMessage`
-        (1003) when the message is text; `RuntimeError` before `accept()` and while
-        another task receives. Source: RFC 6455, section 5.6.
+        Raises what `receive_text()` raises, with text and bytes exchanged.
+        Source: RFC 6455, section 5.6.
         """
         if self._state == "connecting":
             await self._raise_misuse("call accept() before receive_bytes()")
@@ -319,28 +307,25 @@ class _Endpoint:
     async def receive_json(self) -> Any:
         """Return the next message's value: JSON, in text or in bytes of UTF-8.
 
-        Cancelling it is safe. Raises `WebSocketDisconnect` when the connection has
-        ended; `InvalidMessage` when the message is longer than Django's setting
-        DATA_UPLOAD_MAX_MEMORY_SIZE (1009), when it is not JSON, is nested too deeply
-        for Python or has a number out of range (1007); `RuntimeError` before `accept()`
-        and while another task receives. Source: RFC 8259.
+        Cancelling it is safe. Raises what `receive_text()` raises, but `InvalidMessage`
+        when the message is longer than Django's setting DATA_UPLOAD_MAX_MEMORY_SIZE
+        (1009), and when it is not JSON, is nested too deeply for Python or has a number
+        out of range (1007). Source: RFC 8259.
         """
         message = await self._receive_any()
-        limit = self._json_limit
-        if limit is not None and len(message) > limit:
+        limit = conf.settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+        if self._limits_json and limit is not None and len(message) > limit:
             too_big = f"JSON must not exceed {limit} bytes"
             raise InvalidMessage(CloseCode.MESSAGE_TOO_BIG, too_big)
         try:
-            if isinstance(message, bytes):
-                message = message.decode()
-            return _decode_json(message)
+            return _decode_json(
+                str(message, "utf-8") if isinstance(message, bytes) else message
+            )
         except (ValueError, RecursionError) as error:
             code = CloseCode.INVALID_FRAME_PAYLOAD_DATA
             raise InvalidMessage(code, "expected JSON") from error
 
-    async def _iter(
-        self, receive: abc.Callable[[], abc.Awaitable[Any]]
-    ) -> abc.AsyncIterator[Any]:
+    async def _iter(self, receive: Any) -> abc.AsyncIterator[Any]:
         with suppress(WebSocketDisconnect):
             while True:
                 yield await receive()
@@ -375,9 +360,8 @@ class _Endpoint:
     async def send_bytes(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` (bytes-like) as one binary message. Cancelling it is safe.
 
-        Raises `TypeError` for anything that is not bytes-like and `RuntimeError` before
-        `accept()`, with nothing sent; `WebSocketDisconnect` when the connection has
-        ended. Source: RFC 6455, section 5.6.
+        Raises what `send_text()` raises, `TypeError` for anything not bytes-like.
+        Source: RFC 6455, section 5.6.
         """
         if not isinstance(data, bytes):
             data = bytes(memoryview(data))  # bytes(5) would be five zeros
@@ -389,10 +373,9 @@ class _Endpoint:
         Dates, times, UUIDs, decimals and lazy strings are written as Django's
         `DjangoJSONEncoder` does, without spaces, non-ASCII characters as themselves.
 
-        Cancelling it is safe. Raises `TypeError` for data that JSON cannot represent,
-        `ValueError` for NaN, infinity and circular data, `RuntimeError` before
-        `accept()`, with nothing sent; `WebSocketDisconnect` when the connection has
-        ended. Source: RFC 8259.
+        Cancelling it is safe. Raises what `send_text()` raises, `TypeError` for data
+        that JSON cannot represent and `ValueError` for NaN, infinity and circular data.
+        Source: RFC 8259.
         """
         text = _escape_surrogates(_encode_json(data))
         if binary:
@@ -401,77 +384,60 @@ class _Endpoint:
             await self.send_text(text)
 
 
-# A header's name and value (RFC 9110, sections 5.1 and 5.5).
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_VALUE = re.compile(r"[\t -~\x80-\xff]*")
-# Headers that the server itself writes on the answer to a handshake: ASGI reserves
-# Sec-WebSocket-Protocol ("Accept - send event"), RFC 6455 (section 4.2.2) the others,
-# and an answer with the status 101 has no body.
-_RESERVED = re.compile(
-    r"connection|upgrade|content-length|transfer-encoding|sec-websocket-.*", re.I
-)
-
-
-# What a message counts where its size is limited: as on the wire, with the header of
-# its frame (RFC 6455, section 5.2).
-def _size_of(event: Event) -> int:
-    return len(event.get("text") or event.get("bytes") or "") + 14
-
-
-class _ViewTask:
+class _View:
     """The task that a view runs in, and its end after that of the connection.
 
     A view of which no task was told of the end is cancelled, as Django cancels its
     asynchronous HTTP views. A view that was told may clean up for `grace` seconds.
     """
 
-    __slots__ = ("task", "grace", "told", "timer", "ended")
+    __slots__ = "grace", "task", "told", "timer"
 
-    def __init__(self, view: abc.Awaitable[Any], grace: float) -> None:
-        self.task = asyncio.ensure_future(view)
-        self.task.add_done_callback(self.note_end)
+    def __init__(self, grace: float) -> None:
         self.grace = grace
-        self.ended: asyncio.Future[None] = self.wait()
-        self.told = 0  # how often the view, or another, heard or told of the end
+        self.task: asyncio.Future[Any] | None = None  # None before and after it runs
+        self.told = 0  # how often a task of the view was told of the end
         self.timer: asyncio.TimerHandle | None = None  # cancels, again and again
 
     def tell(self) -> None:
-        """Note that the view was told. One that keeps asking does not clean up."""
+        """Note that a task was told. A view that keeps asking does not clean up."""
         self.told += 1
-        if self.told > 10:
+        if self.told > 10 and self.task is not None:
             self.task.cancel()
 
     def end(self, will_be_told: bool) -> None:
         """Let the view end, since the connection has."""
-        if self.timer is None:
-            wait = self.told or will_be_told
-            self.cancel_later() if wait else self.cancel()
+        if self.timer is None and self.task is not None:
+            if self.told or will_be_told:
+                self.cancel_later()
+            else:
+                self.cancel()
 
     def cancel(self) -> None:
         """Cancel the view, and again later if it swallows that.
 
         Python 3.11's `asyncio.wait_for` swallows some by itself (python/cpython#86296).
         """
+        assert self.task is not None
         self.task.cancel()
-        self.stop()
         self.cancel_later()
 
     def cancel_later(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.timer = loop.call_later(self.grace, self.cancel)
+        self.stop()
+        self.timer = asyncio.get_running_loop().call_later(self.grace, self.cancel)
 
     def stop(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
 
-    def wait(self) -> asyncio.Future[None]:
-        """Return a future that is done when the task is; cancelling it is harmless."""
-        self.ended = asyncio.get_running_loop().create_future()
-        return self.ended
 
-    def note_end(self, task: asyncio.Future[Any]) -> None:
-        with suppress(asyncio.InvalidStateError):  # the server has cancelled it
-            self.ended.set_result(None)
+_CONNECT = {"type": ReceiveEvent.CONNECT}
+
+
+# What a message counts where its size is limited: as on the wire, with the header of
+# its frame (RFC 6455, section 5.2).
+def _size_of(event: Event) -> int:
+    return len(event.get("text") or event.get("bytes") or "") + 14
 
 
 class _ReadAhead:
@@ -483,20 +449,81 @@ class _ReadAhead:
     LIMIT = 65536  # bytes, after which the server's back-pressure works
     STALE = 60.0  # seconds that so much may stay unread
 
-    def __init__(self, view_receives: bool) -> None:
+    def __init__(self, *events: Event, view_receives: bool) -> None:
+        self.events = list(events)
         self.view_receives = view_receives  # whether it has ever asked for a message
-        self.events: deque[Event] = deque()
-        self.size = 0
         self.task: asyncio.Task[None] | None = None  # reads
 
-    def put(self, event: Event) -> None:
+
+# A task that starts at once sends at once, if the server need not wait for the client.
+_EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
+
+
+class _Outbox:
+    """What goes to a client without a view that waits: messages of groups, a close.
+
+    Only what the server cannot take at once is kept here: the client reads slowly.
+    """
+
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque()
+        self.size = 0  # of the events, in bytes
+        self.task: asyncio.Task[Any] | None = None  # sends
+        self.blocked = False  # the server has not taken what it was given
+
+    def put(self, socket: "WebSocket", event: Event) -> None:
+        """Send an event now or later; this never waits."""
         self.events.append(event)
         self.size += _size_of(event)
+        if self.task is None:
+            loop = asyncio.get_running_loop()
+            task = asyncio.Task(self.send(socket), loop=loop, **_EAGER)
+            if not task.done():
+                self.task = task
 
-    def get(self) -> Event:
-        event = self.events.popleft()
-        self.size -= _size_of(event)
-        return event
+    def holds_more_than(self, limit: int) -> bool:
+        """Whether more waits than `limit` (bytes); on Python 3.11 tasks start later."""
+        return self.blocked and self.size > limit
+
+    def clear(self) -> None:
+        self.events.clear()
+        self.size = 0
+
+    def cancel(self) -> None:
+        """Send nothing more."""
+        self.clear()
+        if self.task is not None:
+            self.task.cancel()
+
+    async def send(self, socket: "WebSocket") -> None:
+        """Send all that waits, as fast as the client reads."""
+        self.task = asyncio.current_task()
+        try:
+            while self.events:
+                event = self.events.popleft()
+                self.size -= _size_of(event)
+                self.blocked = True
+                await socket._send(event)
+                self.blocked = False
+        except (Exception, asyncio.CancelledError) as error:
+            self.clear()
+            socket._note_failed_send()
+            expected = OSError, RuntimeError, asyncio.CancelledError
+            if not isinstance(error, expected):  # as in WebSocket.send()
+                _logger.exception("The server's send() failed")
+        finally:
+            self.task = None
+
+
+# A header's name and value (RFC 9110, sections 5.1 and 5.5).
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[\t -~\x80-\xff]*")
+# Headers that the server itself writes on the answer to a handshake: ASGI reserves
+# Sec-WebSocket-Protocol ("Accept - send event"), RFC 6455 (section 4.2.2) the others,
+# and an answer with the status 101 has no body.
+_RESERVED = re.compile(
+    r"connection|upgrade|content-length|transfer-encoding|sec-websocket-.*", re.I
+)
 
 
 class WebSocket(_Endpoint):
@@ -522,6 +549,7 @@ class WebSocket(_Endpoint):
     FLUSH = 5.0
 
     _message = "websocket.send"
+    _limits_json = True
 
     def __init__(
         self,
@@ -532,35 +560,25 @@ class WebSocket(_Endpoint):
         headers: list[tuple[bytes, bytes]],
         refuse: abc.Callable[["WebSocket", Any], abc.Coroutine[Any, Any, None]],
     ) -> None:
-        # The ASGI connection scope, and Django's request for it.
-        self.scope = scope
-        self.request = request
-        # The server's two functions.
-        self._receive = receive
-        self._send = send
-        # What the middleware adds to the answer to the handshake.
-        self._headers = headers
-        # Sends the page for HTTP 403; None once the handshake is answered.
-        self._refuse: Any = refuse
+        self.scope = scope  # the ASGI connection scope
+        self.request = request  # Django's, as the middleware left it
+        self._receive = receive  # the server's
+        self._send = send  # the server's
+        self._headers = headers  # what the middleware adds to the handshake's answer
+        self._refuse: Any = refuse  # sends a refusal; None once there is an answer
         # Not the class's: Python reads an attribute slower that hides one of a class.
         self._state = "connecting"
         # The code and the reason that the connection ended with.
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
-        # The task that waits in receive(). There is at most one.
-        self._receiver: asyncio.Task[Any] | None = None
+        self._receiver: asyncio.Task[Any] | None = None  # the task in receive()
         # What was read ahead; None while all messages go straight to the view.
-        self._ahead: _ReadAhead | None = _ReadAhead(False)
-        self._ahead.put({"type": ReceiveEvent.CONNECT})
+        self._ahead: _ReadAhead | None = _ReadAhead(_CONNECT, view_receives=False)
         # Fires when the view may have to be told that its client has left.
         self._timer: asyncio.TimerHandle | None = None
-        # The view's task; None before the view begins and after it has ended.
-        self._view: _ViewTask | None = None
-        # How many messages the view has sent.
-        self._sends = 0
-        # The names of the groups that the socket is in.
-        self._groups: dict[str, None] = {}
-        # What groups send to a client that reads slowly.
-        self._outbox: _Outbox | None = None
+        self._view = _View(self.GRACE)  # the task of the view
+        self._sends = 0  # how many messages the view has sent
+        self._groups: dict[str, Any] = {}  # the groups that the socket is in, by name
+        self._outbox: _Outbox | None = None  # what goes out while no view waits for it
 
     def __getattr__(self, name: str) -> Any:
         if name == "request":  # not set yet, as in copy.copy(): no endless recursion
@@ -590,11 +608,6 @@ class WebSocket(_Endpoint):
         """What the client offers (list of str), best first (RFC 6455, section 1.9)."""
         return list(self.scope.get("subprotocols") or ())
 
-    @property
-    def _json_limit(self) -> int | None:
-        limit: int | None = conf.settings.DATA_UPLOAD_MAX_MEMORY_SIZE
-        return limit
-
     async def receive(self) -> Event:
         """Return the next ASGI event (a mapping), as the server gave it.
 
@@ -604,56 +617,48 @@ class WebSocket(_Endpoint):
         Cancelling it is safe on servers whose own `receive` is: no event is lost.
 
         Raises `WebSocketDisconnect` after the end, `RuntimeError` while another task
-        receives.
-        Source: ASGI, "WebSocket".
+        receives. Source: ASGI, "WebSocket".
         """
         if self._receiver is not None:
             await self._raise_misuse("another task is receiving from this WebSocket")
-        ahead = self._ahead
-        if ahead is not None and self._has_nothing_left(ahead):
-            await self._raise_disconnect()
         self._receiver = task = asyncio.current_task()
         try:
-            event = None if ahead is None else await self._get_ahead(ahead)
-            del ahead  # a socket that waits needs no memory for it
+            event = None if self._ahead is None else await self._get_ahead(self._ahead)
             if event is None:
                 event = await self._receive()
         except asyncio.CancelledError:
             if self._state != "closed":
                 raise
             task.uncancel()  # type: ignore[union-attr]  # _finish() woke this task
-            event = self._disconnect_event()
+            code, reason = self._end
+            event = {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
         finally:
             self._receiver = None
             if self._timer is None:
                 self._set_timer(self.WATCH, self._start_reading_ahead)
         if event["type"] == "websocket.disconnect":
-            self._note_disconnect(event, heard=True)
+            self._view.tell()
+            self._note_disconnect(event)
         return event
-
-    def _has_nothing_left(self, ahead: _ReadAhead) -> bool:
-        return not ahead.events and self._state == "closed"
-
-    def _disconnect_event(self) -> Event:
-        code, reason = self._end
-        return {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
 
     async def _get_ahead(self, ahead: _ReadAhead) -> Event | None:
         """Return the next event that was read ahead, or None if the server has it."""
+        if not ahead.events and self._state == "closed":
+            await self._raise_disconnect()
         if not ahead.events and ahead.task is not None:
             await asyncio.wait([ahead.task])
         if self._state != "connecting":
             ahead.view_receives = True
         self._cancel_timer()  # it may be that of _close_unread()
         if ahead.events:
-            return ahead.get()
+            return ahead.events.pop(0)
         if ahead.view_receives:
             self._ahead = None
         return None
 
     def _set_timer(self, seconds: float, callback: abc.Callable[[], None]) -> None:
         self._cancel_timer()
-        if self._view is not None:
+        if self._view.task is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(seconds, callback)
 
@@ -665,19 +670,21 @@ class WebSocket(_Endpoint):
     def _start_reading_ahead(self) -> None:
         self._timer = None
         if self._receiver is None and self._state != "closed":
-            ahead = self._ahead = self._ahead or _ReadAhead(True)
+            ahead = self._ahead = self._ahead or _ReadAhead(view_receives=True)
             if ahead.task is None or ahead.task.done():
                 ahead.task = asyncio.create_task(self._read_ahead(ahead))
 
     async def _read_ahead(self, ahead: _ReadAhead) -> None:
         """Read what the server has, as long as the view does not."""
-        while ahead.size < ahead.LIMIT:
+        size = sum(map(_size_of, ahead.events))
+        while size < ahead.LIMIT:
             try:
                 event = await self._receive()
             except Exception:
                 _logger.exception("The server's receive() failed")
                 event = {"type": ReceiveEvent.DISCONNECT, "code": 1006}
-            ahead.put(event)
+            ahead.events.append(event)
+            size += _size_of(event)
             if event["type"] == "websocket.disconnect":
                 return self._note_disconnect(event)
             if self._receiver is not None:
@@ -694,52 +701,41 @@ class WebSocket(_Endpoint):
             _ReadAhead.LIMIT,
         )
         close = _close_event(CloseCode.POLICY_VIOLATION, "messages are not received")
-        self._deliver(close, 0)
+        self._deliver(close)
 
-    def _note_disconnect(self, event: Event, heard: bool = False) -> None:
-        """Note the end that the server reports, and whether the view heard of it."""
-        if heard and self._view is not None:
-            self._view.tell()
+    def _note_disconnect(self, event: Event) -> None:
+        """Note the end that the server reports; what came before it can be received."""
         if self._outbox is not None and self._state != "closed":
             self._outbox.cancel()
         code = event.get("code") or CloseCode.NO_STATUS_RECEIVED
-        self._finish(code, event.get("reason") or "")
+        self._finish(code, event.get("reason") or "", keep_unread=True)
 
-    def _note_failed_send(self, will_be_told: bool = False) -> None:
+    def _note_failed_send(self) -> None:
         """Note that the server cannot send. Why, receiving has yet to tell."""
         if self._state == "open":
             self._state = "closing"
-            if self._view is not None:
-                self._view.end(will_be_told or self._receiver is not None)
+            self._view.end(will_be_told=self._receiver is not None)
 
-    def _close_here(self, event: Event) -> None:
-        """Note an end of this side's making; messages still unread are dropped."""
-        if self._ahead is not None:
-            self._ahead.events.clear()
-        self._finish(event.get("code") or 1000, event.get("reason") or "")
-
-    def _finish(self, code: int, reason: str, will_be_told: bool = False) -> None:
-        """Note the end, once; wake the receiver; let the view end."""
+    def _finish(self, code: int, reason: str, keep_unread: bool = False) -> None:
+        """Note the end, once; wake the task that receives; let the view end."""
         if self._state == "closed":
             return
-        self._state = "closed"
-        self._end = int(code), reason
-        if self._ahead is None:
-            self._ahead = _ReadAhead(True)  # the server is asked no more
+        self._state, self._end = "closed", (int(code), reason)
+        # With this the server is asked no more.
+        ahead = self._ahead = self._ahead or _ReadAhead(view_receives=True)
+        if not keep_unread:
+            ahead.events.clear()
         if self._receiver is not None:
             self._receiver.cancel()  # as asyncio.timeout() does
-        if self._view is not None:
-            # Messages before the event for the end are handed over to a view that asks.
-            unread = self._ahead.view_receives and len(self._ahead.events) > 1
-            self._view.end(will_be_told or unread or self._receiver is not None)
+        # Messages before the event for the end are handed over to a view that asks.
+        unread = ahead.view_receives and len(ahead.events) > 1
+        self._view.end(will_be_told=unread or self._receiver is not None)
 
-    async def _raise_disconnect(self, cause: Exception | None = None) -> NoReturn:
-        """Tell the view that the connection has ended."""
-        if self._view is not None:
-            self._view.tell()
-        if self._view is None or self._view.told > 10:
+    async def _raise_disconnect(self) -> NoReturn:
+        self._view.tell()
+        if self._view.told > 10:
             await asyncio.sleep(0)  # a view that catches everything must not stop all
-        raise WebSocketDisconnect(*self._end) from cause
+        raise WebSocketDisconnect(*self._end)
 
     async def send(self, event: Event) -> None:
         """Send one ASGI event (a mapping) to the server.
@@ -753,8 +749,7 @@ class WebSocket(_Endpoint):
 
         Raises `RuntimeError` for an event that is not allowed now, with nothing sent;
         `WebSocketDisconnect` after the end, with the code 1006 if only the server
-        knows of it yet: `receive` tells more.
-        Source: ASGI, "WebSocket".
+        knows of it yet: `receive` tells more. Source: ASGI, "WebSocket".
         """
         if self._state != "open" or event["type"] != "websocket.send":
             return await self._send_other(event)
@@ -764,8 +759,9 @@ class WebSocket(_Endpoint):
             # OSError is what a server raises when the client has gone (ASGI 2.4), and
             # RuntimeError what some raise after they closed by themselves (no answer
             # to a ping, a message too big).
-            self._note_failed_send(will_be_told=True)
-            await self._raise_disconnect(error)
+            self._view.tell()
+            self._note_failed_send()
+            raise WebSocketDisconnect(*self._end) from error
         self._sends += 1
         if not self._sends & 31:
             # A server's send need not wait: a view that only sends must not stop all.
@@ -777,57 +773,32 @@ class WebSocket(_Endpoint):
         if self._state in ("closing", "closed"):
             await self._raise_disconnect()
         elif kind == "websocket.close":
-            await self._end_by(event, self._send_close, event)
-        elif self._state == "open" and kind == "websocket.accept":
-            await self._raise_misuse("accept() was called before")
-        elif self._state == "open":
-            await self._raise_misuse(f"{kind!r} is not an event that can be sent")
-        elif kind == "websocket.accept":
+            await self.close(event.get("code") or 1000, event.get("reason") or "")
+        elif self._state == "connecting" and kind == "websocket.accept":
             await self._send_accept(event)
-        else:
+        elif self._state == "connecting":
             await self._raise_misuse(f"call accept() before sending {kind!r}")
+        elif kind == "websocket.accept":
+            await self._raise_misuse("accept() was called before")
+        else:
+            await self._raise_misuse(f"{kind!r} is not an event that can be sent")
 
     async def _send_accept(self, event: Event) -> None:
-        self._state = "open"
+        self._state = "open"  # no other task can answer the handshake, too
+        refuse, self._refuse = self._refuse, None
         try:
             await self._send(event)
         except (OSError, RuntimeError) as error:
-            self._finish(CloseCode.ABNORMAL_CLOSURE, "", will_be_told=True)
-            await self._raise_disconnect(error)
-        except BaseException:
-            if self._state == "open":
-                self._state = "connecting"  # no answer to the handshake was sent
-            raise
-        self._refuse, self._headers = None, []
-        ahead = self._ahead
-        if ahead and ahead.events and ahead.events[0]["type"] == "websocket.connect":
-            ahead.get()
-
-    async def _send_close(self, event: Event) -> None:
-        """Send a close, in FLUSH seconds at most, after what was sent to groups."""
-        try:
-            async with asyncio.timeout(self.FLUSH):
-                await self._flush()
-                await self._send(event)
-        except (OSError, RuntimeError):  # a TimeoutError, too, is an OSError
-            # The client has gone or does not read.
-            if self._outbox is not None:
-                self._outbox.cancel()
-
-    async def _end_by(self, event: Event, send: Any, *arguments: Any) -> None:
-        """End the connection as `event` says, once `send` has told the client."""
-        state, self._state = self._state, "closing"
-        self._end = event.get("code") or 1000, event.get("reason") or ""
-        if self._view is not None:
             self._view.tell()
-        try:
-            await send(*arguments)
+            self._finish(CloseCode.ABNORMAL_CLOSURE, "")
+            raise WebSocketDisconnect(*self._end) from error
         except BaseException:
-            if self._state == "closing":
-                self._state = state  # it may be closed again
+            if self._state == "open":  # no answer to the handshake was sent
+                self._state, self._refuse = "connecting", refuse
             raise
-        self._refuse = None
-        self._close_here(event)
+        self._headers = []
+        if self._ahead is not None and self._ahead.events[:1] == [_CONNECT]:
+            del self._ahead.events[0]
 
     async def accept(
         self, subprotocol: str | None = None, headers: Headers = ()
@@ -870,71 +841,81 @@ class WebSocket(_Endpoint):
         Before `accept()` it refuses the handshake, with Django's page for HTTP 403;
         after it, it sends `code` (int) and `reason` (str, up to 123 bytes of UTF-8),
         and waits `FLUSH` seconds at most for a client that reads slowly. Once the
-        connection has ended, it does nothing. If it was cancelled before the close was
-        sent, it may be called again.
+        connection has ended, it does nothing.
+
+        Cancelling it is safe: a close is sent all the same, a refusal may be repeated.
 
         Raises `ValueError` for a code that must not be sent (RFC 6455, section 7.4: it
         takes 1000 to 1003, 1007 to 1014 and 3000 to 4999) and for a longer reason, with
-        nothing sent.
-        Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close - send event".
+        nothing sent. Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close".
         """
         event = _close_event(code, reason)
         if self._state == "connecting":
-            await self._end_by(event, self._refuse, self, None)
-        elif self._state == "open":
-            await self._end_by(event, self._send_close, event)
-        else:
-            await asyncio.sleep(0)
+            return await self._refuse_for(None, code, reason)
+        if self._state == "open":
+            self._view.tell()
+            self._deliver(event)
+        await self._flush()
 
-    async def _answer(self, result: Any) -> None:
-        """Refuse the handshake, which the view left unanswered, for its `result`."""
-        if self._state == "connecting":
-            event = _close_event(CloseCode.NORMAL_CLOSURE)
-            await self._end_by(event, self._refuse, self, result)
-        else:  # the client has left; uvicorn logs an error if it gets no answer
-            with suppress(OSError, RuntimeError):
-                await self._send({"type": SendEvent.CLOSE})
+    async def _refuse_for(
+        self, result: Any, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
+    ) -> None:
+        """Refuse the handshake for what the view returned or raised."""
+        self._state = "closing"
+        self._view.tell()
+        try:
+            await self._refuse(self, result)
+        except BaseException:
+            if self._state == "closing":
+                self._state = "connecting"  # it may be refused again
+            raise
+        self._refuse = None
+        self._finish(code, reason)
 
-    def _deliver(self, event: Event, limit: int) -> None:
-        """Send an event of a group; this never waits.
+    def _deliver(self, event: Event, limit: int = 0) -> None:
+        """Send an event of a group, or a close; this never waits.
 
         A client for which more than `limit` bytes wait is closed with 1013.
         """
         if self._state != "open":
             return
-        if self._outbox is None:
-            self._outbox = _Outbox()
-        self._outbox.put(self, event)
+        outbox = self._outbox = self._outbox or _Outbox()
+        outbox.put(self, event)
         if event["type"] == "websocket.close":
-            self._close_here(event)
-        elif self._outbox.holds_more_than(limit):
-            self._outbox.clear()
-            close = _close_event(CloseCode.TRY_AGAIN_LATER, "reads too slowly")
-            self._deliver(close, limit)
+            self._finish(event["code"], event["reason"])
+        elif outbox.holds_more_than(limit):
+            outbox.clear()
+            self._deliver(_close_event(CloseCode.TRY_AGAIN_LATER, "reads too slowly"))
 
-    async def _flush(self, timeout: float | None = None) -> None:
-        """Wait until what was sent to groups has gone out, or for `timeout` seconds."""
+    async def _flush(self) -> None:
+        """Wait until everything has gone out, for FLUSH seconds at most."""
+        await asyncio.sleep(0)
         if self._outbox is not None and self._outbox.task is not None:
-            await asyncio.wait([self._outbox.task], timeout=timeout)
+            await asyncio.wait([self._outbox.task], timeout=self.FLUSH)
+            self._outbox.cancel()  # the client does not read
 
-    def _start(self, view: abc.Awaitable[Any]) -> _ViewTask:
-        """Run the view in a task of its own."""
-        self._view = _ViewTask(view, self.GRACE)
+    async def _run(self, view: abc.Awaitable[Any]) -> tuple[asyncio.Future[Any], bool]:
+        """Run the view in a task; return that, and whether the server cancelled."""
+        self._view.task = task = asyncio.ensure_future(view)
         self._set_timer(self.WATCH, self._start_reading_ahead)
-        return self._view
-
-    def _stop(self) -> None:
-        """Leave nothing behind when the view has ended: no timer, no task, no cycle."""
-        assert self._view is not None
+        cancelled = False
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError:  # by the server; the view's does not come
+                cancelled = True
+                self._view.cancel()
+        # Leave nothing behind: no timer, no task, no cycle.
         self._view.stop()
-        self._view = None
+        self._view.task = None
         self._cancel_timer()
         if self._ahead is not None and self._ahead.task is not None:
             self._ahead.task.cancel()
             self._ahead.task = None
         while self._groups:
-            group, _ = self._groups.popitem()
-            _groups(group).leave(group, self)
+            group, groups = self._groups.popitem()
+            groups.leave(group, self)
+        return task, cancelled
 
     def _abandon(self) -> None:
         """Note that the server is not there any more, if no end was noted before."""
@@ -953,10 +934,9 @@ class WebSocket(_Endpoint):
         """
         if self._state == "connecting":
             await self._raise_misuse("call accept() before join()")
-        if self._state != "open" or self._view is None:  # a task outlived the view
+        if self._state != "open" or self._view.task is None:  # a task outlived the view
             await self._raise_disconnect()
-        groups = _groups(group)
-        self._groups[group] = None
+        groups = self._groups[group] = _groups(group)
         await groups.join(group, self)
         await asyncio.sleep(0)
 
@@ -966,8 +946,7 @@ class WebSocket(_Endpoint):
         Cancelling it is safe. It raises nothing, not even after the end.
         """
         if group in self._groups:
-            del self._groups[group]
-            _groups(group).leave(group, self)
+            self._groups.pop(group).leave(group, self)
         await asyncio.sleep(0)
 
 
@@ -1138,14 +1117,18 @@ def _run_sync_code_in(
 @sync_to_async
 def _run_django(function: abc.Callable[..., Any], *args: Any) -> Any:
     """Run a synchronous part of Django's, which sends the signals of a request."""
-    with ExitStack() as stack:
-        if not threading.current_thread().name.startswith("django_ws"):
-            # The thread of a TestCase, whose connection the signals must not close:
-            # Django's own test client takes the same care.
-            for signal in (signals.request_started, signals.request_finished):
-                signal.disconnect(close_old_connections)
-                stack.callback(signal.connect, close_old_connections)
+    sent: list[Any] = []
+    if not threading.current_thread().name.startswith("django_ws"):
+        # The thread of a TestCase, whose connection the signals must not close:
+        # Django's own test client takes the same care.
+        sent = [signals.request_started, signals.request_finished]
+    for signal in sent:
+        signal.disconnect(close_old_connections)
+    try:
         return function(*args)
+    finally:
+        for signal in sent:
+            signal.connect(close_old_connections)
 
 
 def _set_variables(context: contextvars.Context) -> None:
@@ -1159,6 +1142,40 @@ def _set_variables(context: contextvars.Context) -> None:
         variable.set(value)
     # Asynchronous middleware left an executor there that has ended.
     AsyncToSync.executors.current = executor
+
+
+async def _join(parts: abc.AsyncIterable[bytes]) -> bytes:
+    return b"".join([part async for part in parts])
+
+
+def _get_failure(result: Any) -> Any:
+    """Return a view's result, or what it raised besides `WebSocketDisconnect`.
+
+    A TaskGroup in a view wraps what its tasks raise into a group.
+    """
+    while isinstance(result, ExceptionGroup):
+        ends, failures = result.split(WebSocketDisconnect)
+        result = failures or ends
+        if len(result.exceptions) > 1 and result is failures:
+            break
+        result = result.exceptions[0]
+    return result
+
+
+def _end_as(result: Any, request: http.HttpRequest) -> Any:
+    """End as a WebSocket view ended before accept()."""
+    if isinstance(result, Exception):
+        raise result
+    if result is None:
+        resolver = urls.get_resolver(urls.get_urlconf())
+        denied = PermissionDenied()
+        return exception.get_exception_response(request, resolver, 403, denied)
+    if not isinstance(result, HttpResponseBase):
+        raise TypeError(
+            f"the view of {request.path} returned {result!r} before accept(): "
+            "return an HttpResponse to refuse, or None"
+        )
+    return result
 
 
 class _Accepted:
@@ -1199,10 +1216,9 @@ class WebSocketHandler(base.BaseHandler):
         """Serve one WebSocket connection (ASGI, "WebSocket"), or let `app` serve."""
         if scope["type"] != "websocket":
             return await self.app(scope, receive, send)
-        connect = await receive()
-        if connect["type"] != ReceiveEvent.CONNECT:
+        if (await receive())["type"] != ReceiveEvent.CONNECT:
             return
-        token = _run_sync_code_in(_threads(os.getpid()).handshakes)
+        token = _run_sync_code_in(_threads.handshakes)
         # Keep what Sentry learns about a client from all others. What it patches to do
         # so, sockets do not pass.
         sentry = sys.modules.get("sentry_sdk")
@@ -1212,19 +1228,16 @@ class WebSocketHandler(base.BaseHandler):
                 if isinstance(answer, _Accepted):
                     await self.serve(answer)
                 else:
-                    await self.refuse(answer, scope, send)
+                    await self.refuse(answer, send)
         finally:
             SyncToAsync.thread_sensitive_context.reset(token)
 
     def handshake(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        """Do all of a handshake that is synchronous, in a worker thread.
-
-        Returns what `serve` takes, or what `refuse` takes.
-        """
+        """Return what `serve` or what `refuse` takes; in a worker thread."""
         response = self.get_handshake_response(scope)
         response._handler_class = self.__class__
         if not isinstance(response, _SwitchingProtocols) or response.status_code != 101:
-            return self.render(response)  # middleware may have changed the status
+            return self.get_denial(response, scope)  # middleware may change the status
         headers = [
             (name, value)
             for name, value in _get_headers(response)
@@ -1250,39 +1263,28 @@ class WebSocketHandler(base.BaseHandler):
         urls.set_script_prefix(asgi.get_script_prefix(scope))
         signals.request_started.send(sender=self.__class__, scope=scope)
         try:
-            request = asgi.ASGIRequest(scope, io.BytesIO())
+            return self.get_response(asgi.ASGIRequest(scope, io.BytesIO()))
         except UnicodeDecodeError:  # in the query string
             return http.HttpResponseBadRequest()
-        return self.get_response(request)
 
-    def render(self, response: Any) -> tuple[Any, bytes | None]:
-        """Return a refusal and its body, complete; None if that is asynchronous."""
-        if getattr(response, "is_async", False):
-            return response, None
-        body = response.getvalue()
-        response.close()
-        return response, body
+    def get_denial(self, response: Any, scope: Event) -> list[Event]:
+        """Return the events of a refusal (ASGI, "WebSocket Denial Response").
 
-    async def refuse(
-        self, refusal: tuple[Any, bytes | None], scope: Scope, send: Send
-    ) -> None:
-        """Answer a handshake by an HTTP response, in one piece.
-
-        By ASGI's extension "WebSocket Denial Response"; a server without it makes
-        a 403 of `websocket.close`.
+        A server without that extension makes a 403 of `websocket.close`.
         """
-        response, body = refusal
-        if body is None:
-            try:
-                body = b"".join([part async for part in response])
-            finally:
-                await _run_django(response.close)
+        if getattr(response, "is_async", False):
+            body = async_to_sync(_join)(response)
+        else:
+            body = response.getvalue()
+        response.close()
         extension = "websocket.http.response"
-        events: list[Event] = [{"type": SendEvent.CLOSE}]
-        if extension in (scope.get("extensions") or ()):
-            start = {"type": f"{extension}.start", "status": response.status_code}
-            start["headers"] = _get_headers(response)
-            events = [start, {"type": f"{extension}.body", "body": body}]
+        if extension not in (scope.get("extensions") or ()):
+            return [{"type": SendEvent.CLOSE}]
+        start = {"type": f"{extension}.start", "status": response.status_code}
+        start["headers"] = _get_headers(response)
+        return [start, {"type": f"{extension}.body", "body": body}]
+
+    async def refuse(self, events: list[Event], send: Send) -> None:
         with suppress(OSError, RuntimeError):  # the client has gone
             for event in events:
                 await send(event)
@@ -1298,13 +1300,13 @@ class WebSocketHandler(base.BaseHandler):
         try:
             if inspect.isawaitable(result):
                 result = await self.run_view(socket, result)
-            if socket._refuse is not None:
-                await socket._answer(self.get_failure(result))
-            elif isinstance(result, Exception):
+            if socket._state == "connecting":
+                ended = isinstance(result, WebSocketDisconnect)
+                await socket._refuse_for(None if ended else result)
+            else:
+                if socket._refuse is not None:  # the client left before an answer
+                    await self.refuse([{"type": SendEvent.CLOSE}], socket._send)
                 await socket.close(*await self.get_close(socket, result))
-            elif socket.connected:
-                await socket.close()
-            await socket._flush(socket.FLUSH)
         finally:
             del result  # an exception, whose traceback leads back to this frame
             socket._abandon()
@@ -1312,17 +1314,7 @@ class WebSocketHandler(base.BaseHandler):
 
     async def run_view(self, socket: WebSocket, view: abc.Awaitable[Any]) -> Any:
         """Return what the view of a socket returned or raised."""
-        view_task, cancelled = socket._start(view), False
-        task = view_task.task
-        while not task.done():
-            try:
-                await view_task.wait()
-            except (
-                asyncio.CancelledError
-            ):  # by the server: the view's does not come here
-                cancelled = True
-                view_task.cancel()
-        socket._stop()
+        task, cancelled = await socket._run(view)
         if not task.cancelled():
             error = task.exception()
             result = error if isinstance(error, Exception) else task.result()
@@ -1330,66 +1322,46 @@ class WebSocketHandler(base.BaseHandler):
             result = None
         else:
             result = RuntimeError("the view awaited something that was cancelled")
-        if not cancelled:
-            return result
-        if isinstance(result, Exception):
+        result = _get_failure(result)
+        if cancelled:
             await self.get_close(socket, result)  # this logs it
-        raise asyncio.CancelledError
+            raise asyncio.CancelledError
+        return result
 
-    def get_failure(self, result: Any) -> Any:
-        """Return a view's result, or what it raised besides `WebSocketDisconnect`.
-
-        A TaskGroup in a view wraps what its tasks raise into a group.
-        """
-        if not isinstance(result, Exception):
-            return result
-        rest: Any = ExceptionGroup("", [result]).split(WebSocketDisconnect)[1]
-        while isinstance(rest, ExceptionGroup) and len(rest.exceptions) == 1:
-            [rest] = rest.exceptions
-        return rest
-
-    async def get_close(self, socket: WebSocket, error: Exception) -> tuple[int, str]:
+    async def get_close(self, socket: WebSocket, result: Any) -> tuple[int, str]:
         """Return the code and reason to close with for what a view raised."""
-        failure = self.get_failure(error)
-        code, reason = int(CloseCode.INTERNAL_ERROR), ""
-        if failure is None:
-            end: Any = error
-            while isinstance(end, ExceptionGroup):
-                end = end.exceptions[0]
-            try:  # perhaps it is another socket's end
-                event = _close_event(end.code, end.reason)
+        code, reason = int(CloseCode.NORMAL_CLOSURE), ""
+        if isinstance(result, WebSocketDisconnect):
+            with suppress(TypeError, ValueError):  # perhaps it is another socket's end
+                event = _close_event(result.code, result.reason)
                 code, reason = event["code"], event["reason"]
-            except (TypeError, ValueError):
-                code = CloseCode.NORMAL_CLOSURE
-        elif isinstance(failure, InvalidMessage):  # the client's fault: nothing to log
-            code, reason = failure.code, str(failure)
-        else:
-            denied = isinstance(failure, PermissionDenied)
+        elif isinstance(result, InvalidMessage):  # the client's fault: nothing to log
+            code, reason = result.code, str(result)
+        elif isinstance(result, Exception):
+            denied = isinstance(result, PermissionDenied)
+            code = CloseCode.POLICY_VIOLATION if denied else CloseCode.INTERNAL_ERROR
             if conf.settings.DEBUG_PROPAGATE_EXCEPTIONS and not denied:
-                raise failure
-            await self.report(socket.request, error, denied)
+                raise result
+            await self.report(socket.request, result, denied)
             if conf.settings.DEBUG:
-                reason = f"{type(failure).__name__}: {failure}"
-            if denied:
-                code = CloseCode.POLICY_VIOLATION
+                reason = f"{type(result).__name__}: {result}"
         # A frame takes 123 bytes (RFC 6455, section 5.5).
         return code, reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
 
     @sync_to_async
     def report(self, request: asgi.ASGIRequest, error: Exception, denied: bool) -> None:
         """Log and signal an exception after accept() as Django does those of views."""
-        message, status = "Internal Server Error: %s", 500
-        if denied:
-            message, status = "Forbidden (Permission denied): %s", 403
+        response = http.HttpResponse(status=403 if denied else 500)
         traceback = error.__traceback__
         try:
             raise error  # receivers look at sys.exc_info()
         except Exception:
             if not denied:
                 signals.got_request_exception.send(sender=None, request=request)
-            response = http.HttpResponse(status=status)
+            message = "Forbidden (Permission denied): %s" if denied else "%s: %s"
+            names = () if denied else (response.reason_phrase,)
             about: Any = {"response": response, "request": request, "exception": error}
-            log_response(message, request.path, **about)
+            log_response(message, *names, request.path, **about)
         error.__traceback__ = traceback  # without this frame: no cycle
 
     async def refuse_by_view(
@@ -1397,17 +1369,27 @@ class WebSocketHandler(base.BaseHandler):
     ) -> None:
         """Refuse for what a view returned or raised before accept()."""
         call = self.get_refusal, socket.request, result, handshake
-        refusal = await _run_django(*call)
-        await self.refuse(refusal, socket.scope, socket._send)
+        await self.refuse(await _run_django(*call), socket._send)
 
     def get_refusal(
         self, request: asgi.ASGIRequest, result: Any, handshake: http.HttpResponse
-    ) -> Any:
-        """Return the response to what a view returned or raised before accept()."""
+    ) -> list[Event]:
+        """Return the events of a refusal, which answers as Django answers a view's."""
+        handler: Any = copy.copy(self)
+        # All that follows a view, with a view that ends as this one did.
+        handler.resolve_request = lambda request: (
+            functools.partial(_end_as, result),
+            (),
+            {},
+        )
+        handler.make_view_atomic = lambda view: view
+        handler._view_middleware = []
         traceback = getattr(result, "__traceback__", None)
         signals.request_started.send(sender=self.__class__, scope=request.scope)
-        get_response = functools.partial(self.get_view_response, result)
-        response: Any = exception.convert_exception_to_response(get_response)(request)
+        get_response = exception.convert_exception_to_response(handler._get_response)
+        response: Any = get_response(request)
+        if isinstance(result, Exception):
+            result.__traceback__ = traceback  # without this frame: no cycle
         response._handler_class = self.__class__
         response._resource_closers.append(request.close)
         for name, value in handshake.items():
@@ -1420,28 +1402,7 @@ class WebSocketHandler(base.BaseHandler):
         if response.status_code >= 400:
             message = "%s: %s", response.reason_phrase, request.path
             log_response(*message, response=response, request=request)
-        if isinstance(result, Exception):
-            result.__traceback__ = traceback  # without this frame: no cycle
-        return self.render(response)
-
-    def get_view_response(self, result: Any, request: http.HttpRequest) -> Any:
-        """Return or raise what an HTTP view would that ended like this one."""
-        if result is None:
-            resolver = urls.get_resolver(urls.get_urlconf())
-            denied = PermissionDenied()
-            return exception.get_exception_response(request, resolver, 403, denied)
-        if isinstance(result, Exception):
-            response = self.process_exception_by_middleware(result, request)
-            if response is None:
-                raise result
-            return response
-        if not isinstance(result, HttpResponseBase):
-            raise TypeError(
-                f"the view of {request.path} returned {result!r} before accept(): "
-                "return an HttpResponse to refuse, or None"
-            )
-        render = getattr(result, "render", None)
-        return render() if callable(render) else result
+        return self.get_denial(response, request.scope)
 
 
 def websockets(app: Application) -> Application:
@@ -1470,6 +1431,11 @@ class _Threads:
     SIZE = min(32, (os.cpu_count() or 1) + 4)
 
     def __init__(self) -> None:
+        self.start()
+        if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+            os.register_at_fork(after_in_child=self.start)
+
+    def start(self) -> None:
         self.handshakes = futures.ThreadPoolExecutor(self.SIZE, "django_ws_handshake")
         self.views = futures.ThreadPoolExecutor(self.SIZE, "django_ws_view")
         self.lock = threading.Lock()  # guards what follows, and `_ViewExecutor`
@@ -1483,10 +1449,7 @@ class _Threads:
         return self.turns > self.SIZE
 
 
-@functools.cache
-def _threads(pid: int) -> _Threads:
-    """Return the threads of this process; a fork has none of its parent's."""
-    return _Threads()
+_threads = _Threads()
 
 
 class _ViewExecutor(futures.Executor):
@@ -1509,57 +1472,56 @@ class _ViewExecutor(futures.Executor):
     def submit(self, fn: abc.Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run `fn` in this socket's turn (concurrent.futures)."""
         future: futures.Future[Any] = futures.Future()
-        threads = _threads(os.getpid())
-        with threads.lock:
+        with _threads.lock:
             if not self.has_turn:
-                threads.views.submit(self.take_turn, threads)
+                _threads.views.submit(self.take_turn)
                 self.has_turn = True
-                threads.turns += 1
-                if threads.scarce and threads.idle:
-                    other = next(iter(threads.idle))
-                    del threads.idle[other]  # the next one to wait ends another's turn
+                _threads.turns += 1
+                if _threads.scarce and _threads.idle:
+                    other = next(iter(_threads.idle))
+                    del _threads.idle[other]  # the next one to wait ends another's turn
                     other.calls.put(None)
             self.calls.put((future, functools.partial(fn, *args, **kwargs)))
         return future
 
     def end(self) -> None:
         """Give the thread back as soon as no call is left: the socket has ended."""
-        with _threads(os.getpid()).lock:
+        with _threads.lock:
             self.ended = True
             if self.has_turn:
                 self.calls.put(None)
 
-    def take_turn(self, threads: _Threads) -> None:
+    def take_turn(self) -> None:
         """Run what the socket calls, in a thread of the pool."""
         deadline = time.monotonic() + self.IDLE
-        while (call := self.get_call(threads, deadline)) is not None:
+        while (call := self.get_call(deadline)) is not None:
             _run_call(*call)
             del call  # it refers to the socket
             _tend_connections(end=False)
         _tend_connections(end=True)
-        with threads.lock:
+        with _threads.lock:
             if self.calls.empty():
                 self.has_turn = False
-                threads.turns -= 1
+                _threads.turns -= 1
             else:  # after all who wait now
-                threads.views.submit(self.take_turn, threads)
+                _threads.views.submit(self.take_turn)
 
-    def get_call(self, threads: _Threads, deadline: float) -> Any:
+    def get_call(self, deadline: float) -> Any:
         """Return the socket's next call, or None when its turn ends."""
-        with threads.lock:
+        with _threads.lock:
             if self.calls.empty():
-                if self.ended or threads.scarce:
+                if self.ended or _threads.scarce:
                     return None
-                threads.idle[self] = None
-            elif threads.scarce and time.monotonic() > deadline:
+                _threads.idle[self] = None
+            elif _threads.scarce and time.monotonic() > deadline:
                 return None
         try:
             return self.calls.get(timeout=self.IDLE)
         except queue.Empty:
             return None
         finally:
-            with threads.lock:
-                threads.idle.pop(self, None)
+            with _threads.lock:
+                _threads.idle.pop(self, None)
 
 
 def _run_call(future: futures.Future[Any], call: abc.Callable[[], Any]) -> None:
@@ -1590,68 +1552,6 @@ def _tend_connections(end: bool) -> None:
 
 
 # Groups
-
-# A task that starts at once sends at once, if the server need not wait for the client.
-_EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-
-
-class _Outbox:
-    """What groups send to one client, in order.
-
-    Only what the server cannot take at once waits here: its client reads slowly.
-    """
-
-    def __init__(self) -> None:
-        self.events: deque[Event] = deque()
-        self.size = 0  # of the events, in bytes
-        self.task: asyncio.Task[Any] | None = None  # sends
-        self.blocked = False  # the server has not taken what it was given
-
-    def put(self, socket: WebSocket, event: Event) -> None:
-        """Send an event now or later; this never waits."""
-        if self.task is not None:
-            self.events.append(event)
-            self.size += _size_of(event)
-            return
-        loop = asyncio.get_running_loop()
-        task = asyncio.Task(self.send(socket, event), loop=loop, **_EAGER)
-        if not task.done():
-            self.task = task
-
-    def holds_more_than(self, limit: int) -> bool:
-        """Whether more waits than `limit` (bytes); on Python 3.11 tasks start later."""
-        return self.blocked and self.size > limit
-
-    def clear(self) -> None:
-        self.events.clear()
-        self.size = 0
-
-    def cancel(self) -> None:
-        """Send nothing more."""
-        self.clear()
-        if self.task is not None:
-            self.task.cancel()
-
-    async def send(self, socket: WebSocket, event: Event) -> None:
-        """Send an event and all that waits, as fast as the client reads."""
-        self.task = asyncio.current_task()
-        try:
-            while True:
-                self.blocked = True
-                await socket._send(event)
-                self.blocked = False
-                if not self.events:
-                    break
-                event = self.events.popleft()
-                self.size -= _size_of(event)
-        except (Exception, asyncio.CancelledError) as error:
-            self.clear()
-            socket._note_failed_send()
-            expected = OSError, RuntimeError, asyncio.CancelledError
-            if not isinstance(error, expected):  # as in WebSocket.send()
-                _logger.exception("A message to a group was not sent")
-        finally:
-            self.task = None
 
 
 class _Groups:
@@ -1947,6 +1847,7 @@ class _Client(_Endpoint):
     """The client's end of a WebSocket, for tests; `connect` makes and describes it."""
 
     _message = "websocket.receive"
+    _limits_json = False
 
     def __init__(self, scope: Scope, timeout: float | None) -> None:
         self.scope = scope
