@@ -855,6 +855,7 @@ class WebSocket(_Endpoint):
         if self._state == "open":
             self._view.tell()
             self._deliver(event)
+        await asyncio.sleep(0)
         await self._flush()
 
     async def _refuse_for(
@@ -889,7 +890,6 @@ class WebSocket(_Endpoint):
 
     async def _flush(self) -> None:
         """Wait until everything has gone out, for FLUSH seconds at most."""
-        await asyncio.sleep(0)
         if self._outbox is not None and self._outbox.task is not None:
             await asyncio.wait([self._outbox.task], timeout=self.FLUSH)
             self._outbox.cancel()  # the client does not read
@@ -899,9 +899,16 @@ class WebSocket(_Endpoint):
         self._view.task = task = asyncio.ensure_future(view)
         self._set_timer(self.WATCH, self._start_reading_ahead)
         cancelled = False
+
+        def wake(task: asyncio.Future[Any]) -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        task.add_done_callback(wake)
         while not task.done():
+            ended = asyncio.get_running_loop().create_future()
             try:
-                await asyncio.wait([task])
+                await ended
             except asyncio.CancelledError:  # by the server; the view's does not come
                 cancelled = True
                 self._view.cancel()
@@ -1094,10 +1101,12 @@ def re_websocket(
 
 def _get_headers(response: HttpResponseBase) -> list[tuple[bytes, bytes]]:
     """Return a response's headers as ASGI wants them: bytes, names in lower case."""
+    switching = response.status_code == 101
     cookies = [("Set-Cookie", c.OutputString()) for c in response.cookies.values()]
     return [
         (name.lower().encode("ascii"), value.encode("latin-1"))
         for name, value in [*response.items(), *cookies]
+        if not (switching and _RESERVED.fullmatch(name))
     ]
 
 
@@ -1238,11 +1247,8 @@ class WebSocketHandler(base.BaseHandler):
         response._handler_class = self.__class__
         if not isinstance(response, _SwitchingProtocols) or response.status_code != 101:
             return self.get_denial(response, scope)  # middleware may change the status
-        headers = [
-            (name, value)
-            for name, value in _get_headers(response)
-            if name != b"content-type" and not _RESERVED.fullmatch(name.decode())
-        ]
+        del response["Content-Type"]  # of no content
+        headers = _get_headers(response)
         refuse = functools.partial(self.refuse_by_view, response)
         socket = WebSocket(scope, response.request, receive, send, headers, refuse)
         try:
@@ -1306,7 +1312,10 @@ class WebSocketHandler(base.BaseHandler):
             else:
                 if socket._refuse is not None:  # the client left before an answer
                     await self.refuse([{"type": SendEvent.CLOSE}], socket._send)
-                await socket.close(*await self.get_close(socket, result))
+                code, reason = await self.get_close(socket, result)
+                if socket.connected:
+                    await socket.close(code, reason)
+            await socket._flush()  # a close, which a group may have sent
         finally:
             del result  # an exception, whose traceback leads back to this frame
             socket._abandon()
@@ -1628,6 +1637,7 @@ class _RedisGroups(_Groups):
         # that was idle; many broadcasts at once wait for each other.
         retry = Retry(NoBackoff(), 1)
         pool = BlockingConnectionPool.from_url(url, max_connections=10, retry=retry)
+        pool.make_connection()  # reports mistakes in the URL
         self.client: Any = Redis.from_pool(pool)
         for one in (pool, self.subscriber.connection_pool):
             one.connection_kwargs["decode_responses"] = False  # messages may be bytes
@@ -1714,15 +1724,17 @@ class _RedisGroups(_Groups):
                 future.set_result(None)
 
     async def read(self, pubsub: Any) -> None:
-        """Handle what Redis sends."""
+        """Handle what Redis sends; after a silence, ask whether it is still there."""
+        asked = False
         while True:
             message = await pubsub.get_message(timeout=self.SILENCE)
-            if message is None:
-                await pubsub.ping()
-                message = await pubsub.get_message(timeout=self.SILENCE)
-            if message is None:
+            if message is not None:
+                await self.handle(message)
+            elif asked:
                 raise ConnectionError("Redis does not answer")
-            await self.handle(message)
+            else:
+                await pubsub.ping()
+            asked = message is None
 
     async def handle(self, message: dict[str, Any]) -> None:
         if message["type"] == "subscribe":
@@ -1732,10 +1744,9 @@ class _RedisGroups(_Groups):
             self.confirm(self.unconfirmed.popleft())
         elif message["type"] == "message":
             channel = message["channel"].decode("utf-8", "surrogatepass")
-            group = channel.removeprefix(f"{self.prefix}:")
             kind, data = message["data"][:1], message["data"][1:]
+            event: Event = {"type": SendEvent.SEND, "bytes": data}
             try:
-                event = {"type": SendEvent.SEND, "bytes": data}
                 if kind == b"t":
                     event = {"type": SendEvent.SEND, "text": data.decode()}
                 elif kind == b"c":
@@ -1743,7 +1754,7 @@ class _RedisGroups(_Groups):
                     event = _close_event(int(number), reason)
             except ValueError:
                 return _logger.warning("Not a message of django_ws: %r", message)
-            await self.deliver(group, event)
+            await self.deliver(channel.removeprefix(f"{self.prefix}:"), event)
 
     async def publish(self, group: str, event: Event) -> None:
         """Publish an event on Redis; the listeners of all processes deliver it."""
@@ -1774,9 +1785,9 @@ def _new_groups() -> _Groups:
         wrong = f"WEBSOCKETS[{name!r}]"
         if name not in options:
             raise ImproperlyConfigured(f"{wrong}: use only {', '.join(options)}")
-        kind = type(options[name])
-        if type(value) is not kind:
-            raise ImproperlyConfigured(f"{wrong} must be {kind.__name__}")
+        if type(value) is not type(options[name]):
+            kind = type(options[name]).__name__
+            raise ImproperlyConfigured(f"{wrong} must be {kind}")
         options[name] = value
     if options["OUTBOX"] < 1:
         raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be at least 1 (byte)")
@@ -1785,14 +1796,12 @@ def _new_groups() -> _Groups:
     if not options["REDIS_URL"]:
         return _Groups(options)
     try:
-        groups = _RedisGroups(options)
-        groups.client.connection_pool.make_connection()
+        return _RedisGroups(options)
     except ImportError as error:
         wrong = "WEBSOCKETS['REDIS_URL'] needs redis-py: pip install redis"
         raise ImproperlyConfigured(wrong) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
-    return groups
 
 
 def _groups(group: str) -> _Groups:
@@ -1969,19 +1978,15 @@ class _Client(_Endpoint):
         seconds = None if self.timeout is None else self.timeout + WebSocket.WATCH
         await asyncio.wait([task], timeout=seconds)
 
-    async def _give_up(self, task: asyncio.Task[None]) -> None:
-        """Cancel a view that has not ended."""
-        if not task.done():
-            hanging = TimeoutError(f"the view of {self.scope['path']} has not ended")
-            self._error = self._error or hanging
-            task.cancel()
-            await asyncio.wait([task], timeout=1)
 
-
-def _test_headers(client: Any, host: str, headers: Any) -> dict[str, Any]:
-    """Return a handshake's headers, by name in lower case."""
+def _test_scope(
+    client: Any, path: str, headers: Any, subprotocols: abc.Iterable[str]
+) -> Scope:
+    """Return the scope of a handshake by one of Django's test clients."""
+    url = urlsplit(str(path))
+    secure = url.scheme in ("https", "wss")
     lines: dict[str, Any] = {
-        "host": host or client.defaults.get("SERVER_NAME", "testserver"),
+        "host": url.netloc or client.defaults.get("SERVER_NAME", "testserver"),
         "connection": "Upgrade",
         "upgrade": "websocket",
         "cookie": client.cookies.output([], "", ";").strip() or None,
@@ -1989,21 +1994,12 @@ def _test_headers(client: Any, host: str, headers: Any) -> dict[str, Any]:
     for name, value in client.defaults.items():
         if name.startswith("HTTP_") or is_async(client.request):
             lines[name.removeprefix("HTTP_").replace("_", "-").lower()] = value
-    return lines | {name.lower(): value for name, value in (headers or {}).items()}
-
-
-def _test_scope(
-    client: Any, path: str, headers: Any, subprotocols: abc.Iterable[str]
-) -> Scope:
-    """Return the scope of a handshake by one of Django's test clients."""
-    url = urlsplit(str(path))
-    lines = _test_headers(client, url.netloc, headers)
-    scheme = "https" if url.scheme in ("https", "wss") else "http"
-    lines.setdefault("origin", f"{scheme}://{lines['host']}")
+    lines |= {name.lower(): value for name, value in (headers or {}).items()}
+    lines.setdefault("origin", f"http{'s' * secure}://{lines['host']}")
     return {
         "type": "websocket",
         "asgi": {"version": "3.0", "spec_version": "2.5"},
-        "scheme": scheme.replace("http", "ws"),
+        "scheme": "wss" if secure else "ws",
         "path": unquote(url.path),
         "query_string": url.query.encode(),
         "headers": [
@@ -2012,7 +2008,7 @@ def _test_scope(
             if value is not None
         ],
         "client": ("127.0.0.1", 0),
-        "server": ("testserver", 443 if scheme == "https" else 80),
+        "server": ("testserver", 443 if secure else 80),
         "subprotocols": list(subprotocols),
         "extensions": {"websocket.http.response": {}},
     }
@@ -2072,7 +2068,11 @@ async def connect(
         raise
     finally:
         signals.got_request_exception.disconnect(socket._store_error)
-        await socket._give_up(task)
+        if not task.done():
+            hanging = TimeoutError(f"the view of {scope['path']} has not ended")
+            socket._error = socket._error or hanging
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
     client.cookies.update(socket.cookies)
     socket._raise_error()
     if not accepted:
