@@ -966,7 +966,8 @@ class _SwitchingProtocols(http.HttpResponse):
     status_code = 101
 
     def __init__(self, view: abc.Callable[[WebSocket], Any], request: Any) -> None:
-        super().__init__()
+        # No HTML: middleware that puts something into pages leaves it alone.
+        super().__init__(content_type="application/octet-stream")
         self.view = view
         self.request = request
         self.context = contextvars.copy_context()  # of the middleware around the view
@@ -1636,7 +1637,8 @@ class _RedisGroups(_Groups):
         # To publish there is a second try, since Redis may have closed a connection
         # that was idle; many broadcasts at once wait for each other.
         retry = Retry(NoBackoff(), 1)
-        pool = BlockingConnectionPool.from_url(url, max_connections=10, retry=retry)
+        pool: Any = BlockingConnectionPool
+        pool = pool.from_url(url, max_connections=10, retry=retry)
         pool.make_connection()  # reports mistakes in the URL
         self.client: Any = Redis.from_pool(pool)
         for one in (pool, self.subscriber.connection_pool):
@@ -1979,14 +1981,10 @@ class _Client(_Endpoint):
         await asyncio.wait([task], timeout=seconds)
 
 
-def _test_scope(
-    client: Any, path: str, headers: Any, subprotocols: abc.Iterable[str]
-) -> Scope:
-    """Return the scope of a handshake by one of Django's test clients."""
-    url = urlsplit(str(path))
-    secure = url.scheme in ("https", "wss")
-    lines: dict[str, Any] = {
-        "host": url.netloc or client.defaults.get("SERVER_NAME", "testserver"),
+def _test_headers(client: Any, host: str) -> dict[str, Any]:
+    """Return the headers of a handshake by one of Django's test clients, by name."""
+    lines = {
+        "host": host or client.defaults.get("SERVER_NAME", "testserver"),
         "connection": "Upgrade",
         "upgrade": "websocket",
         "cookie": client.cookies.output([], "", ";").strip() or None,
@@ -1994,7 +1992,18 @@ def _test_scope(
     for name, value in client.defaults.items():
         if name.startswith("HTTP_") or is_async(client.request):
             lines[name.removeprefix("HTTP_").replace("_", "-").lower()] = value
-    lines |= {name.lower(): value for name, value in (headers or {}).items()}
+    return lines
+
+
+def _test_scope(
+    client: Any, path: str, headers: Any, subprotocols: abc.Iterable[str]
+) -> Scope:
+    """Return the scope of a handshake by one of Django's test clients."""
+    url = urlsplit(str(path))
+    secure = url.scheme in ("https", "wss")
+    lines = _test_headers(client, url.netloc) | {
+        name.lower(): value for name, value in (headers or {}).items()
+    }
     lines.setdefault("origin", f"http{'s' * secure}://{lines['host']}")
     return {
         "type": "websocket",

@@ -4912,6 +4912,279 @@ class TestSentry:
             assert kinds.count("http.server") == 4
 
 
+# The middleware that people really have, in one stack
+
+ZOO = [
+    "allauth",
+    "corsheaders",
+    "csp",
+    "debug_toolbar",
+    "django_hosts",
+    "django_htmx",
+    "django_structlog",
+    "opentelemetry.instrumentation.asgi",
+    "opentelemetry.instrumentation.django",
+    "opentelemetry.sdk",
+    "sentry_sdk",
+    "silk",
+    "simple_history",
+    "waffle",
+    "whitenoise",
+]
+ZOO_MODELS = """
+from django.db import models
+from simple_history.models import HistoricalRecords
+
+
+class Note(models.Model):
+    text = models.TextField()
+    history = HistoricalRecords()
+"""
+ZOO_APPLICATION = '''
+import json, pathlib
+import sentry_sdk
+from sentry_sdk.transport import Transport
+
+HERE = pathlib.Path(__file__).parent
+
+
+class ToFile(Transport):
+    def capture_envelope(self, envelope):
+        with (HERE / "events").open("a") as file:
+            for item in envelope.items:
+                if item.type == "event":
+                    file.write(json.dumps(item.payload.json) + "\\n")
+
+
+sentry_sdk.init(dsn="http://key@127.0.0.1:9/1", transport=ToFile, send_default_pii=True)
+
+from django.conf import settings
+
+settings.configure(
+    SECRET_KEY="x", DEBUG=True, ALLOWED_HOSTS=["*"], INTERNAL_IPS=["127.0.0.1"],
+    ROOT_URLCONF="zoo", ROOT_HOSTCONF="zoo", DEFAULT_HOST="www", USE_TZ=True,
+    DATABASES={"default": {
+        "ENGINE": "django.db.backends.sqlite3", "NAME": HERE / "zoo.sqlite3",
+        "OPTIONS": {"timeout": 30, "transaction_mode": "IMMEDIATE"},
+    }},
+    DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
+    STATIC_URL="static/", STATIC_ROOT=HERE / "static",
+    CORS_ALLOW_ALL_ORIGINS=True,
+    CONTENT_SECURITY_POLICY={"DIRECTIVES": {"default-src": ["'self'"]}},
+    DEBUG_TOOLBAR_CONFIG={"IS_RUNNING_TESTS": False},
+    AUTHENTICATION_BACKENDS=[
+        "django.contrib.auth.backends.ModelBackend",
+        "allauth.account.auth_backends.AuthenticationBackend",
+    ],
+    TEMPLATES=[{
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {"context_processors": [
+            "django.template.context_processors.request",
+            "django.contrib.auth.context_processors.auth",
+            "django.contrib.messages.context_processors.messages",
+        ]},
+    }],
+    INSTALLED_APPS=[
+        *(f"django.contrib.{name}" for name in
+          ("auth", "contenttypes", "sessions", "messages", "staticfiles")),
+        "allauth", "allauth.account", "corsheaders", "csp", "debug_toolbar",
+        "django_hosts", "django_htmx", "django_structlog", "notes", "silk",
+        "simple_history", "waffle",
+    ],
+    MIDDLEWARE=[
+        "django_hosts.middleware.HostsRequestMiddleware",
+        "debug_toolbar.middleware.DebugToolbarMiddleware",
+        "corsheaders.middleware.CorsMiddleware",
+        "django.middleware.security.SecurityMiddleware",
+        "whitenoise.middleware.WhiteNoiseMiddleware",
+        "csp.middleware.CSPMiddleware",
+        "django.contrib.sessions.middleware.SessionMiddleware",
+        "django.middleware.locale.LocaleMiddleware",
+        "django.middleware.common.CommonMiddleware",
+        "django.middleware.csrf.CsrfViewMiddleware",
+        "django.contrib.auth.middleware.AuthenticationMiddleware",
+        "allauth.account.middleware.AccountMiddleware",
+        "django.contrib.messages.middleware.MessageMiddleware",
+        "django.middleware.clickjacking.XFrameOptionsMiddleware",
+        "django_htmx.middleware.HtmxMiddleware",
+        "django_structlog.middlewares.RequestMiddleware",
+        "simple_history.middleware.HistoryRequestMiddleware",
+        "waffle.middleware.WaffleMiddleware",
+        "silk.middleware.SilkyMiddleware",
+        "django_hosts.middleware.HostsResponseMiddleware",
+    ],
+)
+from opentelemetry import trace
+from opentelemetry.instrumentation.django import DjangoInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+
+trace.set_tracer_provider(TracerProvider())
+DjangoInstrumentor().instrument()
+import django
+
+django.setup()
+import structlog, waffle
+from asgiref.sync import sync_to_async
+from debug_toolbar.toolbar import debug_toolbar_urls
+from django.contrib.auth import login
+from django.contrib.auth.models import User
+from django.core.asgi import get_asgi_application
+from django.core.management import call_command
+from django.db import connection
+from django.http import HttpResponse
+from django.urls import include, path
+from django_hosts import host, patterns
+from notes.models import Note
+from waffle.models import Flag
+from django_ws import websocket, websockets
+
+
+open_sockets = set()
+
+
+def look(socket):
+    """What the middleware left, seen from a view's synchronous code."""
+    note = Note.objects.create(text=socket.GET["who"])
+    return {
+        "history": note.history.get().history_user.username,
+        "flag": waffle.flag_is_active(socket.request, "beta"),
+    }
+
+
+async def report(socket):
+    return {
+        "user": socket.user.username,
+        "request_id": structlog.contextvars.get_contextvars().get("request_id"),
+        "htmx": bool(socket.htmx),
+        "trace": trace.get_current_span().get_span_context().trace_id,
+        "host": socket.host.name,
+        **await sync_to_async(look)(socket),
+    }
+
+
+async def view(socket):
+    open_sockets.add(socket)
+    try:
+        if socket.GET["how"] == "close":
+            return await socket.close()
+        if socket.GET["how"] == "raise":
+            raise LookupError(socket.GET["who"])
+        await socket.accept()
+        async for text in socket.iter_text():
+            if text == "raise":
+                raise LookupError(socket.GET["who"])
+            await socket.send_json(await report(socket))
+    finally:
+        open_sockets.discard(socket)
+
+
+async def other(socket):
+    await socket.accept()
+    await socket.send_text(socket.host.name)
+
+
+def enter(request):
+    login(request, User.objects.get(username=request.GET["who"]),
+          "django.contrib.auth.backends.ModelBackend")
+    return HttpResponse("in")
+
+
+def page(request):
+    if request.GET.get("how") == "raise":
+        raise LookupError(request.GET["who"])
+    return HttpResponse(f"<body>{len(open_sockets)} open</body>")
+
+
+class other_urls:
+    urlpatterns = [websocket("ws/", other), *debug_toolbar_urls()]
+
+
+urlpatterns = [
+    path("", page), path("enter/", enter), websocket("ws/", view),
+    *debug_toolbar_urls(),
+    path("accounts/", include("allauth.urls")), path("silk/", include("silk.urls")),
+]
+host_patterns = patterns(
+    "", host("other", other_urls, name="other"), host("www", "zoo", name="www"),
+)
+if not (HERE / "zoo.sqlite3").exists():
+    call_command("migrate", verbosity=0)
+    with connection.schema_editor() as editor:
+        editor.create_model(Note)
+        editor.create_model(Note.history.model)
+    for name in ("ann", "bob", "eve"):
+        User.objects.create(username=name)
+    Flag.objects.create(name="beta", everyone=True)
+    connection.close()
+application = websockets(get_asgi_application())
+'''
+
+
+class TestZoo:
+    def test_a_stack_of_everything(self, tmp_path: pathlib.Path) -> None:
+        for package in ZOO:
+            needs(package)
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "notes" / "models.py").write_text(ZOO_MODELS)
+        (tmp_path / "notes" / "__init__.py").touch()
+        (tmp_path / "static").mkdir()
+        (tmp_path / "static" / "a.txt").write_text("static")
+        (tmp_path / "zoo.py").write_text(ZOO_APPLICATION)
+        command = [*UVICORN, "--lifespan", "off", "zoo:application"]
+        names = ["ann", "bob", "eve"] * 3
+        with Process(tmp_path, *command) as server, contextlib.ExitStack() as stack:
+            assert b"djDebug" in server.get("/").body  # the toolbar's
+            assert server.get("/static/a.txt").body == b"static"
+            cookies = {}
+            for name in set(names):
+                answer = str(server.get(f"/enter/?who={name}").msg)
+                [cookies[name]] = re.findall(r"sessionid=\w+", answer)
+            clients = [
+                stack.enter_context(
+                    server.dial(
+                        f"/ws/?how=accept&who={name}",
+                        additional_headers={"Cookie": cookies[name], "HX-Request": "1"},
+                    )
+                )
+                for name in names
+            ]
+            looks = []
+            for _ in range(2):
+                for client in clients:
+                    client.send("look")
+                looks.append([json.loads(client.recv(20)) for client in clients])
+            assert looks[0] == looks[1]  # the same for the whole life of a view
+            for name, look in zip(names, looks[0], strict=True):
+                assert (look["user"], look["history"]) == (name, name)
+                assert (look["host"], look["flag"]) == ("www", True)
+            for own in ("request_id", "trace"):
+                assert len({look[own] for look in looks[0] if look[own]}) == len(names)
+            for how, status in (("close", 403), ("raise", 500)):
+                refused = server.handshake(f"/ws/?how={how}&who={how}")
+                assert refused.status == status
+                assert refused.getheader("Content-Security-Policy")
+            assert server.get("/?how=raise&who=page").status == 500
+            clients[0].send("raise")
+            with pytest.raises(ConnectionClosed):
+                clients[0].recv(10)
+            for client in clients:
+                client.close()
+            wait_for(lambda: b"<body>0 open" in server.get("/").body)
+            raw = sockets.create_connection(("127.0.0.1", server.port))
+            uri = f"other.example.com:{server.port}"
+            origin = Origin(f"http://{uri}")
+            with dial(f"ws://{uri}/ws/", sock=raw, origin=origin) as client:
+                assert client.recv(10) == "other"
+        log = server.log.read_text()
+        raised = re.findall(r"^(\w+(?:Error|Exception|Warning).*)$", log, re.M)
+        expected = {"LookupError: raise", "LookupError: page", "LookupError: ann"}
+        assert set(raised) == expected
+        events = map(json.loads, (tmp_path / "events").read_text().splitlines())
+        values = [event["exception"]["values"][-1]["value"] for event in events]
+        assert sorted(values) == ["ann", "page", "raise"]
+
+
 # django-tenants
 
 TENANTS_MODELS = """
