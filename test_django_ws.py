@@ -8306,6 +8306,15 @@ async def echo(socket):
             await socket.send_bytes(message)
 
 
+async def member(socket):
+    await socket.accept()
+    await socket.join("room")
+    await socket.send_text("joined")
+    async for count in socket.iter_json():
+        for number in range(count):
+            await broadcast("room", f"{number:20}")
+
+
 async def deny(socket):
     return HttpResponse("a page", status=401, headers={"X-Why": "because"})
 
@@ -8441,7 +8450,7 @@ urlpatterns = [
     websocket("ours/flood/", flood),
     websocket("ours/echo/", echo), websocket("ours/deny/", deny),
     websocket("ours/close/<int:code>/", closing), websocket("ours/left/", leaving),
-    websocket("ours/busy/", busy),
+    websocket("ours/busy/", busy), websocket("ours/room/", member),
 ]
 ours = websockets(get_asgi_application())
 
@@ -8677,6 +8686,38 @@ class TestServers:
         echoes(server, "/ours/", "when they are gone")
         # WATCH and twice GRACE, for the one that swallows its cancellation.
         wait_for(lambda: not running(), 6)
+
+    def test_readers_of_a_group_get_everything_and_stay(
+        self, served: tuple[str, Process]
+    ) -> None:
+        name, server = served
+        message, count = 2 + 20, 400  # a frame's header and its text
+        readers = 200 if name == "granian" else 50
+        with contextlib.ExitStack() as stack:
+            reads = selectors.DefaultSelector()
+            got = {}
+            for _ in range(readers):
+                raw = sockets.create_connection(("127.0.0.1", server.port))
+                stack.enter_context(raw)
+                raw.sendall(HANDSHAKE.replace(b"/ws/", b"/ours/room/"))
+                answer = b""
+                while not answer.endswith(b"joined"):
+                    answer += raw.recv(1000)
+                reads.register(raw, selectors.EVENT_READ)
+                got[raw] = 0
+            sender = server.dial("/ours/room/", max_queue=None)
+            client = stack.enter_context(sender)
+            assert client.recv(10) == "joined"
+            client.send(str(count))
+            deadline = time.monotonic() + 20
+            while min(got.values()) < message * count:
+                assert time.monotonic() < deadline
+                for key, _ in reads.select(1):
+                    raw = key.fileobj  # type: ignore[assignment]
+                    data = raw.recv(2**16)
+                    assert data, "a reader was closed"
+                    got[raw] += len(data)
+        assert set(got.values()) == {message * count}
 
     def test_a_flooded_view_that_never_receives_is_closed_with_1008(
         self, served: tuple[str, Process]
