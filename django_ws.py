@@ -35,7 +35,6 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import sys
@@ -89,7 +88,7 @@ View = abc.Callable[..., Any]
 Headers = abc.Mapping[Any, str | bytes] | abc.Iterable[tuple[str | bytes, str | bytes]]
 
 
-# The words of the wire
+# Events and close codes
 
 
 class SendEvent(enum.StrEnum):
@@ -107,8 +106,8 @@ class SendEvent(enum.StrEnum):
 class ReceiveEvent(enum.StrEnum):
     """What an application receives from the server (ASGI, "WebSocket").
 
-    CONNECT is the first: a client asks for a handshake. RECEIVE is one message from the
-    client, text or bytes. DISCONNECT is the last: the connection has ended.
+    CONNECT comes first: a client asks for a handshake. RECEIVE is one message from the
+    client, text or bytes. DISCONNECT comes last: the connection has ended.
     """
 
     CONNECT = "websocket.connect"
@@ -135,7 +134,7 @@ class CloseCode(enum.IntEnum):
     MANDATORY_EXTENSION = 1010  # the client needs an extension that was not agreed
     INTERNAL_ERROR = 1011  # the server failed: what an exception in a view becomes
     SERVICE_RESTART = 1012  # the server restarts: reconnect after a random 5 to 30 s
-    TRY_AGAIN_LATER = 1013  # overload: try again later, or with less
+    TRY_AGAIN_LATER = 1013  # overloaded: try again later, or send less
     BAD_GATEWAY = 1014  # a gateway got an invalid response from its upstream
     TLS_HANDSHAKE = 1015  # never sent: the TLS handshake failed
     UNAUTHORIZED = 3000  # like HTTP 401
@@ -160,10 +159,10 @@ def _close_event(code: int, reason: str = "") -> dict[str, Any]:
 class WebSocketDisconnect(Exception):
     """The connection has ended. Raise it in a view to close with its code and reason.
 
-    `code` is the close code (int) and `reason` its text (str, often empty), of
+    `code` is the close code (int) and `reason` its text (str, often empty), from
     whichever side closed; 1005 if the close frame had no code, 1006 if the connection
-    broke without one (RFC 6455, section 7.1.5) or if sending failed and receiving has
-    yet to tell more. A view may leave it uncaught: that is a normal end.
+    broke without one (RFC 6455, section 7.1.5) or if sending failed and `receive` has
+    not told why yet. A view need not catch it: that is a normal end.
     """
 
     def __init__(self, code: int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
@@ -217,7 +216,7 @@ def _finite(text: str) -> float:
 
 
 # JSON has no NaN and no Infinity (RFC 8259, section 6), though Python's parser accepts
-# them; the browser at the other end would not.
+# them; browsers do not.
 _decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
 _encode_json = DjangoJSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -235,16 +234,23 @@ def _escape_surrogates(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-class _Endpoint:
-    """One end of a WebSocket: messages, on top of `receive` and `send`."""
+def _byte_length(message: str | bytes) -> int:
+    if isinstance(message, str) and not message.isascii():
+        message = message.encode("utf-8", "replace")
+    return len(message)
 
-    # In "closing" nothing more can be sent: a refusal is under way, or a send has
-    # failed and receiving has yet to tell why.
+
+class _Endpoint:
+    """Either end of a WebSocket: message methods on top of `receive` and `send`."""
+
+    # "closing": nothing more can be sent, because a refusal is under way, or because a
+    # send has failed and `receive` has not told why yet.
     _state: Literal["connecting", "open", "closing", "closed"]
     # What each end adds: the primitives, the type of the events that carry its
     # messages, and whether the size of JSON is limited.
     receive: Receive
     send: Send
+    _raise_disconnect: abc.Callable[[], abc.Awaitable[NoReturn]]
     _message: str
     _limits_json: bool
 
@@ -253,11 +259,8 @@ class _Endpoint:
         """Whether messages can be exchanged: from `accept()` to either side's end."""
         return self._state == "open"
 
-    async def _raise_disconnect(self) -> NoReturn:
-        raise NotImplementedError  # pragma: no cover
-
     async def _raise_misuse(self, message: str) -> NoReturn:
-        await asyncio.sleep(0)  # a view that catches everything must not stop the loop
+        await asyncio.sleep(0)  # a view that catches everything must not block
         raise RuntimeError(message)
 
     async def _raise_unexpected(self, expected: str) -> NoReturn:
@@ -314,13 +317,12 @@ class _Endpoint:
         """
         message = await self._receive_any()
         limit = conf.settings.DATA_UPLOAD_MAX_MEMORY_SIZE
-        if self._limits_json and limit is not None and len(message) > limit:
+        if self._limits_json and limit is not None and _byte_length(message) > limit:
             too_big = f"JSON must not exceed {limit} bytes"
             raise InvalidMessage(CloseCode.MESSAGE_TOO_BIG, too_big)
         try:
-            return _decode_json(
-                str(message, "utf-8") if isinstance(message, bytes) else message
-            )
+            text = message if isinstance(message, str) else message.decode()
+            return _decode_json(text)
         except (ValueError, RecursionError) as error:
             code = CloseCode.INVALID_FRAME_PAYLOAD_DATA
             raise InvalidMessage(code, "expected JSON") from error
@@ -385,38 +387,43 @@ class _Endpoint:
 
 
 class _View:
-    """The task that a view runs in, and its end after that of the connection.
+    """The task that runs a view, and how it ends once the connection has ended.
 
-    A view of which no task was told of the end is cancelled, as Django cancels its
-    asynchronous HTTP views. A view that was told may clean up for `grace` seconds.
+    If no task of the view has been told of the end, the view is cancelled, as Django
+    cancels its asynchronous HTTP views. Otherwise it has `grace` seconds to clean up.
     """
 
-    __slots__ = "grace", "task", "told", "timer"
+    __slots__ = "grace", "task", "told", "asker", "timer", "context"
 
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.task: asyncio.Future[Any] | None = None  # None before and after it runs
-        self.told = 0  # how often a task of the view was told of the end
-        self.timer: asyncio.TimerHandle | None = None  # cancels, again and again
+        self.told = 0  # how often in a row a task of the view was told of the end
+        self.asker = 0  # the identity of that task
+        self.timer: asyncio.TimerHandle | None = None  # for the next cancellation
+        # That of the socket; whoever broadcasts has another.
+        self.context: contextvars.Context | None = None
 
     def tell(self) -> None:
-        """Note that a task was told. A view that keeps asking does not clean up."""
-        self.told += 1
+        """Count that a task was told of the end; cancel a view that keeps asking."""
+        asker = id(asyncio.current_task())
+        self.told = self.told + 1 if asker == self.asker else 1
+        self.asker = asker
         if self.told > 10 and self.task is not None:
             self.task.cancel()
 
     def end(self, will_be_told: bool) -> None:
-        """Let the view end, since the connection has."""
-        if self.timer is None and self.task is not None:
-            if self.told or will_be_told:
-                self.cancel_later()
-            else:
+        """Cancel the view, now or later, because the connection has ended."""
+        if self.task is not None:
+            if not (self.told or will_be_told):
                 self.cancel()
+            elif self.timer is None:
+                self.cancel_later()
 
     def cancel(self) -> None:
-        """Cancel the view, and again later if it swallows that.
+        """Cancel the view, and again every `grace` seconds until it has ended.
 
-        Python 3.11's `asyncio.wait_for` swallows some by itself (python/cpython#86296).
+        Python 3.11's `asyncio.wait_for` can lose a cancellation (python/cpython#86296).
         """
         assert self.task is not None
         self.task.cancel()
@@ -431,72 +438,67 @@ class _View:
             self.timer.cancel()
 
 
-_CONNECT = {"type": ReceiveEvent.CONNECT}
-
-
-# What a message counts where its size is limited: as on the wire, with the header of
-# its frame (RFC 6455, section 5.2).
 def _size_of(event: Event) -> int:
-    return len(event.get("text") or event.get("bytes") or "") + 14
+    """Return what an event counts towards a limit: bytes, as on the wire.
+
+    Every message counts the largest header of a frame, too (RFC 6455, section 5.2).
+    """
+    return _byte_length(event.get("text") or event.get("bytes") or "") + 14
 
 
 class _ReadAhead:
-    """The events that the server gave before the view asked for them, in order.
+    """Events that were read from the server before the view asked for them.
 
-    Only the server knows that a client has left, and tells it by `receive`.
+    Reading is the only way to learn from the server that the client has left.
     """
 
-    LIMIT = 65536  # bytes, after which the server's back-pressure works
-    STALE = 60.0  # seconds that so much may stay unread
+    CONNECT: Event = {"type": ReceiveEvent.CONNECT}  # a view may receive it, too
+    LIMIT = 65536  # bytes; after that the server makes the client wait
+    STALE = 60.0  # seconds for which LIMIT bytes may stay unread
 
-    def __init__(self, *events: Event, view_receives: bool) -> None:
-        self.events = list(events)
+    def __init__(self, view_receives: bool) -> None:
+        self.events: list[Event] = [] if view_receives else [self.CONNECT]
         self.view_receives = view_receives  # whether it has ever asked for a message
         self.task: asyncio.Task[None] | None = None  # reads
 
 
-# A task that starts at once sends at once, if the server need not wait for the client.
-_EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
-
-
 class _Outbox:
-    """What goes to a client without a view that waits: messages of groups, a close.
+    """Events that are sent without making anybody wait: group messages and closes.
 
-    Only what the server cannot take at once is kept here: the client reads slowly.
+    They stay here only while the server cannot take more: the client reads slowly.
     """
+
+    # An eager task sends before put() returns, unless the server has to wait.
+    EAGER: Any = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
         self.size = 0  # of the events, in bytes
         self.task: asyncio.Task[Any] | None = None  # sends
-        self.blocked = False  # the server has not taken what it was given
+        self.blocked = False  # whether a send is waiting for the server
 
     def put(self, socket: "WebSocket", event: Event) -> None:
-        """Send an event now or later; this never waits."""
+        """Send an event now or later, without waiting."""
         self.events.append(event)
         self.size += _size_of(event)
         if self.task is None:
             loop = asyncio.get_running_loop()
-            task = asyncio.Task(self.send(socket), loop=loop, **_EAGER)
+            about: Any = {"loop": loop, "context": socket._view.context, **self.EAGER}
+            task = asyncio.Task(self.send(socket), **about)
             if not task.done():
                 self.task = task
-
-    def holds_more_than(self, limit: int) -> bool:
-        """Whether more waits than `limit` (bytes); on Python 3.11 tasks start later."""
-        return self.blocked and self.size > limit
 
     def clear(self) -> None:
         self.events.clear()
         self.size = 0
 
     def cancel(self) -> None:
-        """Send nothing more."""
         self.clear()
         if self.task is not None:
             self.task.cancel()
 
     async def send(self, socket: "WebSocket") -> None:
-        """Send all that waits, as fast as the client reads."""
+        """Send all events, as fast as the client reads."""
         self.task = asyncio.current_task()
         try:
             while self.events:
@@ -529,8 +531,8 @@ _RESERVED = re.compile(
 class WebSocket(_Endpoint):
     """The server's end of one WebSocket, handed to a view as its first argument.
 
-    Every attribute that is not listed here is that of `request`, the HttpRequest of the
-    handshake as the middleware left it: `socket.user`, `await socket.auser()`,
+    Any other attribute is looked up on `request`, the HttpRequest of the handshake as
+    the middleware left it: `socket.user`, `await socket.auser()`,
     `socket.session`, `socket.path`, `socket.headers`, `socket.COOKIES`, `socket.GET`,
     `socket.resolver_match`, `socket.build_absolute_uri()`. `scope` is the ASGI
     connection scope as the server made it.
@@ -541,11 +543,11 @@ class WebSocket(_Endpoint):
     was sent completely or not at all.
     """
 
-    #: Seconds without `receive…` after which the socket looks for its client's end;
-    #: seconds that a view has to clean up after it was told of the end; seconds that
-    #: a slow client has to read what was sent to it before a close.
+    #: Seconds without `receive…` after which the socket checks whether its client left.
     WATCH = 1.0
+    #: Seconds that a view has to clean up after it was told of the end.
     GRACE = 10.0
+    #: Seconds that a slow client has to read what was sent to it before a close.
     FLUSH = 5.0
 
     _message = "websocket.send"
@@ -558,27 +560,26 @@ class WebSocket(_Endpoint):
         receive: Receive,
         send: Send,
         headers: list[tuple[bytes, bytes]],
-        refuse: abc.Callable[["WebSocket", Any], abc.Coroutine[Any, Any, None]],
+        refuse: abc.Callable[["WebSocket", Any], abc.Awaitable[None]],
     ) -> None:
         self.scope = scope  # the ASGI connection scope
         self.request = request  # Django's, as the middleware left it
         self._receive = receive  # the server's
         self._send = send  # the server's
-        self._headers = headers  # what the middleware adds to the handshake's answer
+        self._headers = headers  # from the middleware, for the answer to the handshake
         self._refuse: Any = refuse  # sends a refusal; None once there is an answer
-        # Not the class's: Python reads an attribute slower that hides one of a class.
         self._state = "connecting"
-        # The code and the reason that the connection ended with.
+        # The code and the reason with which the connection ended.
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
-        self._receiver: asyncio.Task[Any] | None = None  # the task in receive()
-        # What was read ahead; None while all messages go straight to the view.
-        self._ahead: _ReadAhead | None = _ReadAhead(_CONNECT, view_receives=False)
-        # Fires when the view may have to be told that its client has left.
+        self._receiver: Any = None  # the task in receive()
+        # Events read ahead; None while messages go straight to the view.
+        self._ahead: _ReadAhead | None = _ReadAhead(view_receives=False)
+        # Starts reading ahead, or closes a socket that leaves too much unread.
         self._timer: asyncio.TimerHandle | None = None
         self._view = _View(self.GRACE)  # the task of the view
         self._sends = 0  # how many messages the view has sent
         self._groups: dict[str, Any] = {}  # the groups that the socket is in, by name
-        self._outbox: _Outbox | None = None  # what goes out while no view waits for it
+        self._outbox: _Outbox | None = None  # None until something was put there
 
     def __getattr__(self, name: str) -> Any:
         if name == "request":  # not set yet, as in copy.copy(): no endless recursion
@@ -621,15 +622,15 @@ class WebSocket(_Endpoint):
         """
         if self._receiver is not None:
             await self._raise_misuse("another task is receiving from this WebSocket")
-        self._receiver = task = asyncio.current_task()
+        self._receiver = asyncio.current_task()
         try:
             event = None if self._ahead is None else await self._get_ahead(self._ahead)
             if event is None:
                 event = await self._receive()
         except asyncio.CancelledError:
-            if self._state != "closed":
+            # Did _finish() wake this task, and nobody else cancel it?
+            if self._state != "closed" or self._receiver.uncancel():
                 raise
-            task.uncancel()  # type: ignore[union-attr]  # _finish() woke this task
             code, reason = self._end
             event = {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
         finally:
@@ -668,14 +669,14 @@ class WebSocket(_Endpoint):
             self._timer = None
 
     def _start_reading_ahead(self) -> None:
-        self._timer = None
+        self._cancel_timer()
         if self._receiver is None and self._state != "closed":
             ahead = self._ahead = self._ahead or _ReadAhead(view_receives=True)
             if ahead.task is None or ahead.task.done():
                 ahead.task = asyncio.create_task(self._read_ahead(ahead))
 
     async def _read_ahead(self, ahead: _ReadAhead) -> None:
-        """Read what the server has, as long as the view does not."""
+        """Read events from the server until the view asks for one."""
         size = sum(map(_size_of, ahead.events))
         while size < ahead.LIMIT:
             try:
@@ -689,8 +690,8 @@ class WebSocket(_Endpoint):
                 return self._note_disconnect(event)
             if self._receiver is not None:
                 return
-        # A view that is busy may leave the rest to the server's back-pressure for a
-        # while. But for ever it would hide that the client has left.
+        # A busy view may rely on the server's back-pressure for a while, but not for
+        # ever: nobody would learn that the client has left.
         self._set_timer(ahead.STALE if ahead.view_receives else 0, self._close_unread)
 
     def _close_unread(self) -> None:
@@ -700,8 +701,7 @@ class WebSocket(_Endpoint):
             self.request.path,
             _ReadAhead.LIMIT,
         )
-        close = _close_event(CloseCode.POLICY_VIOLATION, "messages are not received")
-        self._deliver(close)
+        self._deliver(_close_event(1008, "messages are not received"))
 
     def _note_disconnect(self, event: Event) -> None:
         """Note the end that the server reports; what came before it can be received."""
@@ -711,30 +711,32 @@ class WebSocket(_Endpoint):
         self._finish(code, event.get("reason") or "", keep_unread=True)
 
     def _note_failed_send(self) -> None:
-        """Note that the server cannot send. Why, receiving has yet to tell."""
+        """Note that sending has failed; look for the end, which `receive` will tell."""
         if self._state == "open":
             self._state = "closing"
-            self._view.end(will_be_told=self._receiver is not None)
+            if self._view.task is not None:
+                self._view.end(will_be_told=True)
+                self._start_reading_ahead()
 
     def _finish(self, code: int, reason: str, keep_unread: bool = False) -> None:
         """Note the end, once; wake the task that receives; let the view end."""
         if self._state == "closed":
             return
         self._state, self._end = "closed", (int(code), reason)
-        # With this the server is asked no more.
+        # While there is a _ReadAhead, `receive` asks it before it asks the server.
         ahead = self._ahead = self._ahead or _ReadAhead(view_receives=True)
         if not keep_unread:
             ahead.events.clear()
-        if self._receiver is not None:
-            self._receiver.cancel()  # as asyncio.timeout() does
-        # Messages before the event for the end are handed over to a view that asks.
+            if self._receiver is not None:
+                self._receiver.cancel()  # as asyncio.timeout() does
+        # A view that receives gets the messages before the disconnect event first.
         unread = ahead.view_receives and len(ahead.events) > 1
         self._view.end(will_be_told=unread or self._receiver is not None)
 
     async def _raise_disconnect(self) -> NoReturn:
         self._view.tell()
         if self._view.told > 10:
-            await asyncio.sleep(0)  # a view that catches everything must not stop all
+            await asyncio.sleep(0)  # a view that catches everything must not block
         raise WebSocketDisconnect(*self._end)
 
     async def send(self, event: Event) -> None:
@@ -742,14 +744,14 @@ class WebSocket(_Endpoint):
 
         `websocket.accept` or `websocket.close` before the handshake's end,
         `websocket.send` or `websocket.close` after it. It waits while the client reads
-        more slowly than the view sends (the server's back-pressure), and may then
-        overtake what was sent to the socket's groups.
+        more slowly than the view sends (the server's back-pressure). The event may then
+        arrive before earlier messages of the socket's groups.
 
         Cancelling it is safe: the event was sent completely or not at all.
 
         Raises `RuntimeError` for an event that is not allowed now, with nothing sent;
-        `WebSocketDisconnect` after the end, with the code 1006 if only the server
-        knows of it yet: `receive` tells more. Source: ASGI, "WebSocket".
+        `WebSocketDisconnect` after the end, with the code 1006 if sending failed and
+        the real code is not known yet: `receive` tells it. Source: ASGI, "WebSocket".
         """
         if self._state != "open" or event["type"] != "websocket.send":
             return await self._send_other(event)
@@ -764,7 +766,7 @@ class WebSocket(_Endpoint):
             raise WebSocketDisconnect(*self._end) from error
         self._sends += 1
         if not self._sends & 31:
-            # A server's send need not wait: a view that only sends must not stop all.
+            # The server's send may never yield: a view that only sends must not block.
             await asyncio.sleep(0)
 
     async def _send_other(self, event: Event) -> None:
@@ -784,7 +786,7 @@ class WebSocket(_Endpoint):
             await self._raise_misuse(f"{kind!r} is not an event that can be sent")
 
     async def _send_accept(self, event: Event) -> None:
-        self._state = "open"  # no other task can answer the handshake, too
+        self._state = "open"  # now no other task can answer the handshake
         refuse, self._refuse = self._refuse, None
         try:
             await self._send(event)
@@ -797,7 +799,7 @@ class WebSocket(_Endpoint):
                 self._state, self._refuse = "connecting", refuse
             raise
         self._headers = []
-        if self._ahead is not None and self._ahead.events[:1] == [_CONNECT]:
+        if self._ahead is not None and self._ahead.events[:1] == [_ReadAhead.CONNECT]:
             del self._ahead.events[0]
 
     async def accept(
@@ -816,10 +818,8 @@ class WebSocket(_Endpoint):
         Source: RFC 6455, section 4.2.2; ASGI, "Accept - send event".
         """
         if subprotocol is not None and subprotocol not in self.subprotocols:
-            raise ValueError(
-                f"the client did not offer the subprotocol {subprotocol!r}, "
-                f"but {self.subprotocols}"
-            )
+            wrong = f"the client did not offer the subprotocol {subprotocol!r}"
+            raise ValueError(f"{wrong}, but {self.subprotocols}")
         lines = list(self._headers)
         pairs: Any = headers.items() if isinstance(headers, abc.Mapping) else headers
         for pair in pairs:
@@ -843,7 +843,7 @@ class WebSocket(_Endpoint):
         and waits `FLUSH` seconds at most for a client that reads slowly. Once the
         connection has ended, it does nothing.
 
-        Cancelling it is safe: a close is sent all the same, a refusal may be repeated.
+        Cancelling it is safe: a close is sent anyway, a refusal can be repeated.
 
         Raises `ValueError` for a code that must not be sent (RFC 6455, section 7.4: it
         takes 1000 to 1003, 1007 to 1014 and 3000 to 4999) and for a longer reason, with
@@ -870,7 +870,6 @@ class WebSocket(_Endpoint):
             if self._state == "closing":
                 self._state = "connecting"  # it may be refused again
             raise
-        self._refuse = None
         self._finish(code, reason)
 
     def _deliver(self, event: Event, limit: int = 0) -> None:
@@ -884,7 +883,7 @@ class WebSocket(_Endpoint):
         outbox.put(self, event)
         if event["type"] == "websocket.close":
             self._finish(event["code"], event["reason"])
-        elif outbox.holds_more_than(limit):
+        elif outbox.blocked and outbox.size > limit:
             outbox.clear()
             self._deliver(_close_event(CloseCode.TRY_AGAIN_LATER, "reads too slowly"))
 
@@ -896,7 +895,13 @@ class WebSocket(_Endpoint):
 
     async def _run(self, view: abc.Awaitable[Any]) -> tuple[asyncio.Future[Any], bool]:
         """Run the view in a task; return that, and whether the server cancelled."""
-        self._view.task = task = asyncio.ensure_future(view)
+        self._view.context = contextvars.copy_context()
+        loop = asyncio.get_running_loop()
+        if inspect.iscoroutine(view):  # never eager: it would run before the next line
+            task: asyncio.Future[Any] = asyncio.Task(view, loop=loop)
+        else:
+            task = asyncio.ensure_future(view)
+        self._view.task = task
         self._set_timer(self.WATCH, self._start_reading_ahead)
         cancelled = False
 
@@ -904,12 +909,12 @@ class WebSocket(_Endpoint):
             if not ended.done():
                 ended.set_result(None)
 
-        task.add_done_callback(wake)
+        task.add_done_callback(wake)  # asyncio.wait() would need 1 KiB for each socket
         while not task.done():
-            ended = asyncio.get_running_loop().create_future()
+            ended = loop.create_future()
             try:
                 await ended
-            except asyncio.CancelledError:  # by the server; the view's does not come
+            except asyncio.CancelledError:  # by the server, never by the view
                 cancelled = True
                 self._view.cancel()
         # Leave nothing behind: no timer, no task, no cycle.
@@ -925,7 +930,7 @@ class WebSocket(_Endpoint):
         return task, cancelled
 
     def _abandon(self) -> None:
-        """Note that the server is not there any more, if no end was noted before."""
+        """Note that the server has gone, unless the connection had ended before."""
         self._finish(CloseCode.ABNORMAL_CLOSURE, "")
         if self._outbox is not None:
             self._outbox.cancel()
@@ -933,9 +938,9 @@ class WebSocket(_Endpoint):
     async def join(self, group: str) -> None:
         """Put the socket into a group (str) until it leaves or ends.
 
-        What is sent to the group after `join()` has returned arrives. Joining again
+        Everything sent to the group after `join()` has returned arrives. Joining again
         does nothing. With Redis it waits until Redis has confirmed the subscription,
-        as long as Redis is down. Cancelling it is safe; `leave()` takes it back.
+        however long Redis is down. Cancelling it is safe; `leave()` undoes it.
 
         Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end.
         """
@@ -948,7 +953,7 @@ class WebSocket(_Endpoint):
         await asyncio.sleep(0)
 
     async def leave(self, group: str) -> None:
-        """Take the socket out of a group (str). It may be in none.
+        """Take the socket out of a group (str), if it is in it.
 
         Cancelling it is safe. It raises nothing, not even after the end.
         """
@@ -966,7 +971,7 @@ class _SwitchingProtocols(http.HttpResponse):
     status_code = 101
 
     def __init__(self, view: abc.Callable[[WebSocket], Any], request: Any) -> None:
-        # No HTML: middleware that puts something into pages leaves it alone.
+        # Not HTML: middleware that injects content into pages leaves it alone.
         super().__init__(content_type="application/octet-stream")
         self.view = view
         self.request = request
@@ -999,24 +1004,23 @@ def _upgrade_required(request: http.HttpRequest) -> http.HttpResponse:
     return response
 
 
-def _refuse_origin(request: http.HttpRequest) -> http.HttpResponseBase | None:
-    """Return the refusal of a page of another site, or None.
+def _refuse_origin(request: http.HttpRequest) -> Any:
+    """Return a refusal if a page of another site asks, else None.
 
     A browser lets any page open a WebSocket to any site and sends that site's cookies
     along; only the Origin header tells (RFC 6455, section 10.2). Clients that are not
-    browsers send none, and carry nobody's cookies by themselves.
+    browsers send none, and attach no cookies on their own.
     """
     origin = request.META.get("HTTP_ORIGIN")
     # Private, but nothing public compares an origin without a CSRF token.
     csrf: Any = CsrfViewMiddleware(lambda request: http.HttpResponse())
     if origin is None or csrf._origin_verified(request):
         return None
-    refusal: http.HttpResponseBase = csrf._reject(request, REASON_BAD_ORIGIN % origin)
-    return refusal
+    return csrf._reject(request, REASON_BAD_ORIGIN % origin)
 
 
 def _load_user(request: http.HttpRequest) -> None:
-    """Load the session's user while a thread is at hand.
+    """Load the session's user, in the thread of the handshake.
 
     Later, `request.user` would query the database in asynchronous code, and
     `request.auser()` would load a second object.
@@ -1062,8 +1066,8 @@ def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponseBase]:
 
     functools.update_wrapper(handshake, view, updated=())
     for name, value in getattr(view, "__dict__", {}).items():
-        # What decorators leave for the middleware (csrf_exempt, login_required), not
-        # the marker of View.as_view(), for which Django would await a synchronous view.
+        # Attributes that decorators set for the middleware (csrf_exempt), but not the
+        # marker of View.as_view(), which would make Django await this synchronous view.
         setattr(handshake, name, value)
         if is_async(handshake):
             delattr(handshake, name)
@@ -1126,7 +1130,7 @@ def _run_sync_code_in(
 
 @sync_to_async
 def _run_django(function: abc.Callable[..., Any], *args: Any) -> Any:
-    """Run a synchronous part of Django's, which sends the signals of a request."""
+    """Run a synchronous function that sends Django's request signals."""
     sent: list[Any] = []
     if not threading.current_thread().name.startswith("django_ws"):
         # The thread of a TestCase, whose connection the signals must not close:
@@ -1158,11 +1162,18 @@ async def _join(parts: abc.AsyncIterable[bytes]) -> bytes:
     return b"".join([part async for part in parts])
 
 
-def _get_failure(result: Any) -> Any:
-    """Return a view's result, or what it raised besides `WebSocketDisconnect`.
+def _get_result(task: asyncio.Future[Any], unexpected: bool) -> Any:
+    """Return what a view returned or raised; whether its cancellation was unexpected.
 
-    A TaskGroup in a view wraps what its tasks raise into a group.
+    A TaskGroup in a view wraps what its tasks raise into a group. What they raised
+    besides `WebSocketDisconnect` counts.
     """
+    if task.cancelled():
+        why = "the view awaited something that was cancelled"
+        return RuntimeError(why) if unexpected else None
+    result: Any = task.exception()
+    if not isinstance(result, Exception):
+        return task.result()
     while isinstance(result, ExceptionGroup):
         ends, failures = result.split(WebSocketDisconnect)
         result = failures or ends
@@ -1173,7 +1184,7 @@ def _get_failure(result: Any) -> Any:
 
 
 def _end_as(result: Any, request: http.HttpRequest) -> Any:
-    """End as a WebSocket view ended before accept()."""
+    """Act as a Django view that returns or raises what a view did before accept()."""
     if isinstance(result, Exception):
         raise result
     if result is None:
@@ -1191,11 +1202,13 @@ def _end_as(result: Any, request: http.HttpRequest) -> Any:
 class _Accepted:
     """A socket, and what its view returned (a coroutine, as a rule) or raised."""
 
+    __slots__ = "socket", "result"
+
     def __init__(self, socket: WebSocket, result: Any) -> None:
         self.socket = socket
         self.result = result
 
-    def __del__(self) -> None:  # nobody took them: the server has cancelled
+    def __del__(self) -> None:  # the server cancelled before serve() ran
         if inspect.iscoroutine(self.result):
             self.result.close()
 
@@ -1229,8 +1242,8 @@ class WebSocketHandler(base.BaseHandler):
         if (await receive())["type"] != ReceiveEvent.CONNECT:
             return
         token = _run_sync_code_in(_threads.handshakes)
-        # Keep what Sentry learns about a client from all others. What it patches to do
-        # so, sockets do not pass.
+        # Keep Sentry's data about one client away from all others. Sentry does this in
+        # ASGIHandler, which sockets do not use.
         sentry = sys.modules.get("sentry_sdk")
         try:
             with getattr(sentry, "isolation_scope", nullcontext)():
@@ -1243,14 +1256,23 @@ class WebSocketHandler(base.BaseHandler):
             SyncToAsync.thread_sensitive_context.reset(token)
 
     def handshake(self, scope: Scope, receive: Receive, send: Send) -> Any:
-        """Return what `serve` or what `refuse` takes; in a worker thread."""
+        """Return the argument for `serve` or for `refuse`; runs in a worker thread."""
         response = self.get_handshake_response(scope)
         response._handler_class = self.__class__
         if not isinstance(response, _SwitchingProtocols) or response.status_code != 101:
             return self.get_denial(response, scope)  # middleware may change the status
         del response["Content-Type"]  # of no content
         headers = _get_headers(response)
-        refuse = functools.partial(self.refuse_by_view, response)
+
+        lock = asyncio.Lock()  # another task of the view may be refusing
+
+        async def refuse(socket: WebSocket, result: Any) -> None:
+            async with lock:
+                if socket._refuse is not None:
+                    events = await _run_django(self.get_refusal, response, result)
+                    await self.refuse(events, send)
+                    socket._refuse = None
+
         socket = WebSocket(scope, response.request, receive, send, headers, refuse)
         try:
             # The synchronous part of a view (dispatch() of a class-based view with
@@ -1277,7 +1299,7 @@ class WebSocketHandler(base.BaseHandler):
     def get_denial(self, response: Any, scope: Event) -> list[Event]:
         """Return the events of a refusal (ASGI, "WebSocket Denial Response").
 
-        A server without that extension makes a 403 of `websocket.close`.
+        A server without that extension answers `websocket.close` with a plain 403.
         """
         if getattr(response, "is_async", False):
             body = async_to_sync(_join)(response)
@@ -1301,13 +1323,18 @@ class WebSocketHandler(base.BaseHandler):
     async def serve(self, accepted: _Accepted) -> None:
         """Run the view of a socket, and end the connection as the view ended."""
         socket, result = accepted.socket, accepted.result
-        accepted.result = None  # it is taken
+        accepted.result = None  # so that __del__() leaves it alone
         executor = _ViewExecutor()
         _run_sync_code_in(executor)
         try:
             if inspect.isawaitable(result):
-                result = await self.run_view(socket, result)
-            if socket._state == "connecting":
+                task, cancelled = await socket._run(result)
+                result = _get_result(task, socket._state in ("connecting", "open"))
+                del task
+                if cancelled:
+                    await self.get_close(socket, result)  # this logs it
+                    raise asyncio.CancelledError
+            if socket._refuse is not None and socket._state != "closed":
                 ended = isinstance(result, WebSocketDisconnect)
                 await socket._refuse_for(None if ended else result)
             else:
@@ -1321,22 +1348,6 @@ class WebSocketHandler(base.BaseHandler):
             del result  # an exception, whose traceback leads back to this frame
             socket._abandon()
             executor.end()
-
-    async def run_view(self, socket: WebSocket, view: abc.Awaitable[Any]) -> Any:
-        """Return what the view of a socket returned or raised."""
-        task, cancelled = await socket._run(view)
-        if not task.cancelled():
-            error = task.exception()
-            result = error if isinstance(error, Exception) else task.result()
-        elif cancelled or socket._state in ("closing", "closed"):
-            result = None
-        else:
-            result = RuntimeError("the view awaited something that was cancelled")
-        result = _get_failure(result)
-        if cancelled:
-            await self.get_close(socket, result)  # this logs it
-            raise asyncio.CancelledError
-        return result
 
     async def get_close(self, socket: WebSocket, result: Any) -> tuple[int, str]:
         """Return the code and reason to close with for what a view raised."""
@@ -1366,32 +1377,21 @@ class WebSocketHandler(base.BaseHandler):
         try:
             raise error  # receivers look at sys.exc_info()
         except Exception:
-            if not denied:
-                signals.got_request_exception.send(sender=None, request=request)
-            message = "Forbidden (Permission denied): %s" if denied else "%s: %s"
-            names = () if denied else (response.reason_phrase,)
             about: Any = {"response": response, "request": request, "exception": error}
-            log_response(message, *names, request.path, **about)
+            if denied:
+                log_response("Forbidden (Permission denied): %s", request.path, **about)
+            else:
+                signals.got_request_exception.send(sender=None, request=request)
+                log_response("%s: %s", response.reason_phrase, request.path, **about)
         error.__traceback__ = traceback  # without this frame: no cycle
 
-    async def refuse_by_view(
-        self, handshake: http.HttpResponse, socket: WebSocket, result: Any
-    ) -> None:
-        """Refuse for what a view returned or raised before accept()."""
-        call = self.get_refusal, socket.request, result, handshake
-        await self.refuse(await _run_django(*call), socket._send)
-
-    def get_refusal(
-        self, request: asgi.ASGIRequest, result: Any, handshake: http.HttpResponse
-    ) -> list[Event]:
-        """Return the events of a refusal, which answers as Django answers a view's."""
+    def get_refusal(self, handshake: _SwitchingProtocols, result: Any) -> list[Event]:
+        """Return the events of a refusal for what a view returned or raised."""
+        request = handshake.request
         handler: Any = copy.copy(self)
-        # All that follows a view, with a view that ends as this one did.
-        handler.resolve_request = lambda request: (
-            functools.partial(_end_as, result),
-            (),
-            {},
-        )
+        # Run the part of the chain that follows a view, with a view that ends likewise.
+        view = functools.partial(_end_as, result)
+        handler.resolve_request = lambda request: (view, (), {})
         handler.make_view_atomic = lambda view: view
         handler._view_middleware = []
         traceback = getattr(result, "__traceback__", None)
@@ -1433,9 +1433,9 @@ def websockets(app: Application) -> Application:
 class _Threads:
     """The threads of one process: some for handshakes, others for views.
 
-    Middleware leaves its marks on threads and their database connections (the tenant,
-    the current user). Each handshake sets its own, as on a WSGI worker's thread. Views
-    run where no middleware ever ran: what is missing there is never somebody else's.
+    Middleware leaves state on threads and their database connections (the tenant, the
+    current user). Each handshake sets its own, as on a WSGI worker's thread. Views run
+    on threads that no middleware ever used, so they never see another client's state.
     """
 
     SIZE = min(32, (os.cpu_count() or 1) + 4)
@@ -1450,13 +1450,8 @@ class _Threads:
         self.views = futures.ThreadPoolExecutor(self.SIZE, "django_ws_view")
         self.lock = threading.Lock()  # guards what follows, and `_ViewExecutor`
         self.turns = 0  # sockets that have a thread of `views`, or wait for one
-        # The sockets whose threads have nothing to do, the first since longest.
-        self.idle: dict[_ViewExecutor, None] = {}
-
-    @property
-    def scarce(self) -> bool:
-        """Whether sockets wait for a thread."""
-        return self.turns > self.SIZE
+        # The sockets whose threads have nothing to do, the longest idle first.
+        self.idle: list[_ViewExecutor] = []
 
 
 _threads = _Threads()
@@ -1472,37 +1467,41 @@ class _ViewExecutor(futures.Executor):
     other sockets wait for a thread, until there is none or IDLE seconds have passed.
     """
 
+    __slots__ = "calls", "changed", "has_turn", "ended"
     IDLE = 0.1
 
     def __init__(self) -> None:
-        self.calls: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None ends the turn
+        self.calls: list[Any] = []  # a future and a function each
+        self.changed: threading.Condition | None = None  # wakes an idle turn
         self.has_turn = False
         self.ended = False  # the socket
 
     def submit(self, fn: abc.Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run `fn` in this socket's turn (concurrent.futures)."""
         future: futures.Future[Any] = futures.Future()
         with _threads.lock:
             if not self.has_turn:
                 _threads.views.submit(self.take_turn)
                 self.has_turn = True
                 _threads.turns += 1
-                if _threads.scarce and _threads.idle:
-                    other = next(iter(_threads.idle))
-                    del _threads.idle[other]  # the next one to wait ends another's turn
-                    other.calls.put(None)
-            self.calls.put((future, functools.partial(fn, *args, **kwargs)))
+                if _threads.turns > _threads.SIZE and _threads.idle:
+                    _threads.idle[0].wake()  # it gives its thread back
+            self.calls.append((future, functools.partial(fn, *args, **kwargs)))
+            self.wake()
         return future
 
     def end(self) -> None:
         """Give the thread back as soon as no call is left: the socket has ended."""
         with _threads.lock:
             self.ended = True
-            if self.has_turn:
-                self.calls.put(None)
+            self.wake()
+
+    def wake(self) -> None:
+        if self.changed is not None:
+            self.changed.notify()
+            self.changed = None
+            _threads.idle.remove(self)
 
     def take_turn(self) -> None:
-        """Run what the socket calls, in a thread of the pool."""
         deadline = time.monotonic() + self.IDLE
         while (call := self.get_call(deadline)) is not None:
             _run_call(*call)
@@ -1510,28 +1509,24 @@ class _ViewExecutor(futures.Executor):
             _tend_connections(end=False)
         _tend_connections(end=True)
         with _threads.lock:
-            if self.calls.empty():
+            if self.calls:  # after all who wait now
+                _threads.views.submit(self.take_turn)
+            else:
                 self.has_turn = False
                 _threads.turns -= 1
-            else:  # after all who wait now
-                _threads.views.submit(self.take_turn)
 
     def get_call(self, deadline: float) -> Any:
         """Return the socket's next call, or None when its turn ends."""
         with _threads.lock:
-            if self.calls.empty():
-                if self.ended or _threads.scarce:
-                    return None
-                _threads.idle[self] = None
-            elif _threads.scarce and time.monotonic() > deadline:
+            others_wait = _threads.turns > _threads.SIZE
+            if self.calls and others_wait and time.monotonic() > deadline:
                 return None
-        try:
-            return self.calls.get(timeout=self.IDLE)
-        except queue.Empty:
-            return None
-        finally:
-            with _threads.lock:
-                _threads.idle.pop(self, None)
+            if not (self.calls or self.ended or others_wait):
+                _threads.idle.append(self)
+                changed = self.changed = threading.Condition(_threads.lock)
+                if not changed.wait(self.IDLE):
+                    self.wake()
+            return self.calls.pop(0) if self.calls else None
 
 
 def _run_call(future: futures.Future[Any], call: abc.Callable[[], Any]) -> None:
@@ -1598,22 +1593,26 @@ class _Groups:
             elif loop.is_running() and loop is not asyncio.get_running_loop():
                 asyncio.run_coroutine_threadsafe(groups.deliver(group, event), loop)
         await self.deliver(group, event)
-        # A view that broadcasts without a pause must not stop the loop.
+        # A view that broadcasts without a pause must not block the event loop.
         await asyncio.sleep(0)
 
     async def deliver(self, group: str, event: Event) -> None:
         """Hand an event to the group's sockets on this loop; wait for none of them."""
         members = self.members.get(group, {})
-        # As they stand now, without those who leave before their turn.
+        # Those who are members now, except for those who leave before their turn.
         waiting = filter(members.__contains__, tuple(members))
         try:
             for number, socket in enumerate(waiting, 1):
                 socket._deliver(event, self.limit)
                 if not number % 250:
-                    await asyncio.sleep(0)  # sockets outside of a large group go on
+                    await asyncio.sleep(0)  # a large group must not block other sockets
         finally:
             for socket in waiting:  # the sender was cancelled
                 socket._deliver(event, self.limit)
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's event loops
+    os.register_at_fork(after_in_child=_Groups.loops.clear)
 
 
 class _RedisGroups(_Groups):
@@ -1634,8 +1633,8 @@ class _RedisGroups(_Groups):
         url = options["REDIS_URL"]
         # The listener must know when the connection breaks.
         self.subscriber: Any = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
-        # To publish there is a second try, since Redis may have closed a connection
-        # that was idle; many broadcasts at once wait for each other.
+        # Publishing is tried twice: Redis may have closed an idle connection. Many
+        # broadcasts at once wait for a free connection.
         retry = Retry(NoBackoff(), 1)
         pool: Any = BlockingConnectionPool
         pool = pool.from_url(url, max_connections=10, retry=retry)
@@ -1648,8 +1647,8 @@ class _RedisGroups(_Groups):
         # The groups to subscribe to or to unsubscribe from, and who joins them.
         self.changed: set[str] = set()
         self.joining: list[asyncio.Future[None]] = []
-        # For each channel of a SUBSCRIBE under way, who goes on when it is answered:
-        # all who joined by it go on with its last channel.
+        # One list for each channel in a pending SUBSCRIBE. All who joined by it are in
+        # the list of its last channel.
         self.unconfirmed: deque[list[asyncio.Future[None]]] = deque()
         self.wake = asyncio.Event()
 
@@ -1657,7 +1656,6 @@ class _RedisGroups(_Groups):
         return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
 
     async def join(self, group: str, socket: WebSocket) -> None:
-        """Add a socket, and wait until Redis has confirmed the subscription."""
         await super().join(group, socket)
         loop = asyncio.get_running_loop()
         confirmed = loop.create_future()
@@ -1665,23 +1663,22 @@ class _RedisGroups(_Groups):
         self.changed.add(group)
         self.wake.set()
         if self.listener is None:
-            # Not the view's own doing: without its context.
+            # The listener outlives this view, so it must not run in its context.
             context = contextvars.Context()
             self.listener = loop.create_task(self.listen(), context=context)
         await confirmed
 
     def leave(self, group: str, socket: WebSocket) -> None:
-        """Remove a socket, and unsubscribe from a group without any."""
         super().leave(group, socket)
         if group not in self.members:
             self.changed.add(group)
             self.wake.set()
 
     async def listen(self) -> None:
-        """Listen to Redis while there are members; connect again and again."""
+        """Listen to Redis while there are members; reconnect whenever that fails."""
         while self.members:
             try:
-                # Begin again with all groups, and with all who still wait.
+                # Start over with all groups and with everyone who still waits.
                 joining = sum(self.unconfirmed, []) + self.joining
                 self.joining = [one for one in joining if not one.done()]
                 self.unconfirmed.clear()
@@ -1720,7 +1717,7 @@ class _RedisGroups(_Groups):
             self.wake.clear()
 
     def confirm(self, joining: list[asyncio.Future[None]]) -> None:
-        """Let those who join go on, except for those who have given up."""
+        """Complete these joins, except for those that were cancelled."""
         for future in joining:
             if not future.done():
                 future.set_result(None)
@@ -1793,7 +1790,7 @@ def _new_groups() -> _Groups:
         options[name] = value
     if options["OUTBOX"] < 1:
         raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be at least 1 (byte)")
-    if ":" in options["PREFIX"]:  # else "a" with the group "b:c" were "a:b" with "c"
+    if ":" in options["PREFIX"]:  # or "a" + "b:c" would be "a:b" + "c"
         raise ImproperlyConfigured("WEBSOCKETS['PREFIX'] must not contain a colon")
     if not options["REDIS_URL"]:
         return _Groups(options)
@@ -1807,7 +1804,7 @@ def _new_groups() -> _Groups:
 
 
 def _groups(group: str) -> _Groups:
-    """Return the groups of the running event loop, among them one of this name."""
+    """Return the groups of the running event loop; check the name of one."""
     if not isinstance(group, str):
         raise TypeError(f"a group's name must be str, not {type(group).__name__}")
     return _Groups.loops.get(asyncio.get_running_loop()) or _new_groups()
@@ -1841,10 +1838,10 @@ async def close_group(
 ) -> None:
     """Close every socket in a group (str) with a code (int) and a reason (str).
 
-    After what was broadcast to the group before; the views end as when their clients
-    leave. For a session that ended, a person who lost a permission, a room that closed.
+    Earlier broadcasts to the group arrive first. The views end as when their clients
+    leave. Use it when a session ends, a user loses a permission, or a room closes.
 
-    Cancelling it is safe: all members were closed or none.
+    Cancelling it is safe: it closes all members or none.
 
     Raises `ValueError` as `WebSocket.close` does, and redis-py's `ConnectionError`.
     """
@@ -1870,9 +1867,9 @@ class _Client(_Endpoint):
         self._answer = http.HttpResponse()
         self.headers: abc.Mapping[str, str] = self._answer.headers
         self.cookies = self._answer.cookies
-        # What the view, or the server that `run` is, raised.
+        # What the view raised, or the application that _run() serves.
         self._error: BaseException | None = None
-        # A view that sends far more than is received waits, as for a slow client.
+        # When it is full, the view has to wait, as for a slow client.
         self._received: asyncio.Queue[Event] = asyncio.Queue(10_000)
         self._sent: asyncio.Queue[Event] = asyncio.Queue()
         self._sent.put_nowait({"type": ReceiveEvent.CONNECT})
@@ -1881,7 +1878,7 @@ class _Client(_Endpoint):
         return f"<the client's end of {self.scope['path']!r}>"
 
     async def _run(self, application: Application) -> None:
-        """Be the server."""
+        """Run the application, in the place of a server."""
         try:
             await application(self.scope, self._sent.get, self._take)
         except asyncio.CancelledError:
@@ -1899,7 +1896,7 @@ class _Client(_Endpoint):
             self._sent.put_nowait({**event, "type": ReceiveEvent.DISCONNECT})
 
     def _store_error(self, request: Any = None, **kwargs: Any) -> None:
-        """Keep what a view raised, as the receiver of a signal of Django's."""
+        """Keep what a view raised: a receiver of got_request_exception."""
         if getattr(request, "scope", {}).get("django_ws") is self:
             self._error = sys.exc_info()[1]
 
@@ -1920,9 +1917,8 @@ class _Client(_Endpoint):
             async with asyncio.timeout(self.timeout):
                 event = await self._received.get()
         except TimeoutError:
-            path, seconds = self.scope["path"], self.timeout
-            message = f"waited {seconds} s for {wanted} from the view of {path}"
-            raise TimeoutError(message) from None
+            what = f"{wanted} from the view of {self.scope['path']}"
+            raise TimeoutError(f"waited {self.timeout} s for {what}") from None
         if event["type"] == SendEvent.CLOSE:
             code = event.get("code") or CloseCode.NORMAL_CLOSURE
             self._closed(code, event.get("reason") or "")
@@ -1933,7 +1929,7 @@ class _Client(_Endpoint):
         self._state, self._end = "closed", (code, reason)
         gone = {"type": ReceiveEvent.DISCONNECT, "code": code, "reason": reason}
         self._sent.put_nowait(gone)
-        while not self._received.empty():  # a view that waits to send waits no longer
+        while not self._received.empty():  # let a view go on that waits to send
             self._received.get_nowait()
 
     async def send(self, event: Event) -> None:
@@ -1972,13 +1968,6 @@ class _Client(_Endpoint):
         if event["type"] == SendEvent.ACCEPT:
             self._state = "open"
             self.subprotocol = event.get("subprotocol")
-
-    async def _leave(self, task: asyncio.Task[None]) -> None:
-        """Close the connection, and wait for the view to end."""
-        await self.close()
-        # A view that waits for something else is cancelled after a while.
-        seconds = None if self.timeout is None else self.timeout + WebSocket.WATCH
-        await asyncio.wait([task], timeout=seconds)
 
 
 def _test_headers(client: Any, host: str) -> dict[str, Any]:
@@ -2039,8 +2028,8 @@ async def connect(
             await socket.send_text("hi")
             assert await socket.receive_text() == "hi"
 
-    `path` (str) may carry a query string, and with `wss://testserver` before it, the
-    connection is encrypted. `client`, one of Django's test clients, lends its cookies
+    `path` (str) may have a query string; `wss://testserver` before it makes
+    it encrypted. `client`, one of Django's test clients, lends its cookies
     (so `force_login()` works) and keeps those of the answer, lends its default headers
     and `raise_request_exception`. `headers` (a mapping of str) adds to them or
     overrides; None takes one away. Host is `testserver` and Origin the same site.
@@ -2049,8 +2038,8 @@ async def connect(
     `socket` has the `send_…`, `receive_…`, `iter_…` and `close` of `WebSocket`, and
     of the answer `subprotocol` (str or None), `headers` (a mapping that ignores case)
     and `cookies` (SimpleCookie). It waits `timeout` seconds at most for each message
-    (None: for ever), and so long for the view when the block has ended and the socket
-    was closed with 1000. Cancelling the block closes it, too.
+    (None: for ever). When the block ends or is cancelled, the socket is closed with
+    1000, and the view has the same time to end.
 
     Raises `WebSocketDenied` for a refusal, `TimeoutError`, and what the view raised,
     unless the client's `raise_request_exception` is off.
@@ -2071,9 +2060,12 @@ async def connect(
             if accepted:
                 yield socket
         finally:
-            await socket._leave(task)
+            await socket.close()
+            # A view that waits for something else is cancelled after a while.
+            seconds = None if timeout is None else timeout + WebSocket.WATCH
+            await asyncio.wait([task], timeout=seconds)
     except WebSocketDisconnect:
-        socket._raise_error()  # what it ended for
+        socket._raise_error()  # why the connection ended
         raise
     finally:
         signals.got_request_exception.disconnect(socket._store_error)
