@@ -1334,11 +1334,13 @@ class WebSocketHandler(base.BaseHandler):
                 if cancelled:
                     await self.get_close(socket, result)  # this logs it
                     raise asyncio.CancelledError
-            if socket._refuse is not None and socket._state != "closed":
+            if socket._state == "connecting":
                 ended = isinstance(result, WebSocketDisconnect)
                 await socket._refuse_for(None if ended else result)
             else:
-                if socket._refuse is not None:  # the client left before an answer
+                if socket._refuse is not None and socket._state == "closing":
+                    await socket._refuse_for(None)  # a task of the view has begun to
+                elif socket._refuse is not None:  # the client left before an answer
                     await self.refuse([{"type": SendEvent.CLOSE}], socket._send)
                 code, reason = await self.get_close(socket, result)
                 if socket.connected:

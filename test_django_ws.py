@@ -1067,6 +1067,11 @@ class TestMessages:
         sent = Drive(brackets).run(view, DATA_UPLOAD_MAX_MEMORY_SIZE=100)
         assert sent[-1]["code"] == code
         assert Drive(brackets).run(view, DATA_UPLOAD_MAX_MEMORY_SIZE=None)[-1] == NORMAL
+        clef = text(
+            '"' + "𝄞" * (size // 4 - 1) + "x" * (size - 4 * (size // 4) + 2) + '"'
+        )
+        sent = Drive(clef).run(view, DATA_UPLOAD_MAX_MEMORY_SIZE=100)
+        assert sent[-1]["code"] == code  # the limit is in bytes
 
     @pytest.mark.parametrize(
         "method, message, code, reason",
@@ -2909,7 +2914,9 @@ class TestGoneIsGone:
         Drive(GONE).run(view)
         assert quiet(caplog)
 
-    @pytest.mark.parametrize("how", ["raises", "denied", "cancelled", "gone", "ahead"])
+    @pytest.mark.parametrize(
+        "how", ["raises", "denied", "cancelled", "gone", "ahead", "reader"]
+    )
     def test_a_socket_is_freed_without_the_garbage_collector(
         self, quick: None, how: str
     ) -> None:
@@ -2928,6 +2935,12 @@ class TestGoneIsGone:
                 await future
             if how == "ahead":
                 return await asyncio.sleep(0.1)
+            if how == "reader":
+                reader = asyncio.create_task(socket.receive_text())
+                await asyncio.sleep(0.01)
+                reader.cancel()
+                await asyncio.wait([reader])
+                return None
             await socket.receive_text()
 
         async def client(live: Live) -> None:
@@ -3444,6 +3457,148 @@ class TestTheEnd:
             with server.dial() as client:
                 # 32 messages of each view, and the clients' threads on the same GIL
                 assert float(client.recv(20)) < 0.04
+
+    def test_a_failed_broadcast_does_not_cut_off_what_came_before(
+        self, quick: None
+    ) -> None:
+        saved: list[str] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await socket.send_text("joined")
+            async for message in socket.iter_text():
+                await asyncio.sleep(0.05)
+                saved.append(message)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) == 2)
+            live.error = OSError()
+            for event in (*map(text, "abc"), GONE):
+                live.queue.put_nowait(event)
+            await live.until(lambda: live.taken > 1)
+            await broadcast("room", "x")
+            await asyncio.wait([live.task])
+
+        Live().play(view, client)
+        assert saved == ["a", "b", "c"]
+
+    def test_tasks_that_hear_of_it_once_each_do_not_keep_asking(
+        self, quick: None
+    ) -> None:
+        steps: list[str] = []
+
+        async def pusher(socket: WebSocket) -> None:
+            with contextlib.suppress(WebSocketDisconnect):
+                while True:
+                    await socket.send_text("x")
+                    await asyncio.sleep(0.001)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            tasks = [asyncio.create_task(pusher(socket)) for _ in range(20)]
+            try:
+                async for _ in socket:
+                    pass
+            finally:
+                await asyncio.wait(tasks)
+                await asyncio.sleep(0.1)
+                steps.append("saved")
+
+        Live().play(view, client_leaves)
+        assert steps == ["saved"]
+
+    def test_a_cancellation_beside_the_end_is_passed_on(self) -> None:
+        steps: list[str] = []
+
+        async def reader(socket: WebSocket) -> None:
+            async for _ in socket:
+                pass
+            steps.append("went on")
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            task = asyncio.create_task(reader(socket))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            await socket.close()
+            await asyncio.wait([task])
+            assert task.cancelled()
+
+        Live().play(view, client_waits)
+        assert not steps
+
+    @pytest.mark.parametrize("idle", [False, True])
+    def test_the_disconnect_event_comes_once(self, quick: None, idle: bool) -> None:
+        ends: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await asyncio.sleep(0.1 * idle)  # the socket reads ahead
+            ends.append(await socket.receive())
+            with pytest.raises(WebSocketDisconnect, match="4001"):
+                await socket.receive()
+
+        async def client(live: Live) -> None:
+            await asyncio.sleep(0.2 * idle)
+            live.queue.put_nowait(GONE)
+
+        Live().play(view, client)
+        assert ends == [GONE]
+
+    @pytest.mark.parametrize("then", ["returns", "raises"])
+    def test_a_refusal_in_another_task_comes_to_its_end(
+        self, then: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Slow(Drive):
+            async def send(self, event: dict[str, Any]) -> None:
+                await asyncio.sleep(0.05)
+                await super().send(event)
+
+        async def view(socket: WebSocket) -> None:
+            tasks.append(asyncio.create_task(socket.close()))
+            await asyncio.sleep(0.02)
+            if then == "raises":
+                raise ValueError("a bug")
+
+        tasks: list[asyncio.Task[None]] = []
+        drive = Slow()
+        drive.run(view)
+        assert drive.types == [
+            "websocket.http.response.start",
+            "websocket.http.response.body",
+        ]
+        assert ("a bug" in caplog.text) == (then == "raises")
+        assert caplog.text.count("Forbidden: /ws/") == 1
+
+    @pytest.mark.skipif(
+        sys.version_info < (3, 12), reason="Python 3.12 has eager tasks"
+    )
+    def test_eager_tasks_change_nothing(self, quick: None) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            async for message in socket.iter_text():
+                await broadcast("room", message)
+
+        async def client(live: Live) -> None:
+            factory = getattr(asyncio, "eager_task_factory")
+            asyncio.get_running_loop().set_task_factory(factory)
+            live.task.cancel()
+            application: Any = websockets(no_http)
+            again = asyncio.create_task(
+                application(live.scope, live.receive, live.send)
+            )
+            for event in (CONNECT, text("a")):
+                live.queue.put_nowait(event)
+            await live.until(lambda: len(live.sent) == 2)
+            live.queue.put_nowait(GONE)
+            await asyncio.wait([again])
+
+        live = Live()
+        live.events = []
+        live.play(view, client)
+        assert live.sent[1:] == [{"type": "websocket.send", "text": "a"}]
 
 
 class TestMessagesOfABusyView:
@@ -4224,12 +4379,19 @@ class TestFork:
 
         parent = Drive()
         assert parent.run(view)[1]["text"] == str(os.getpid())
+        # A member, on a loop that runs in the parent: nobody else's in the child.
+        loop: Any = asyncio.new_event_loop()
+        loop.is_running = lambda: True
+        django_ws._Groups.loops[loop] = django_ws._new_groups()
         pid = os.fork()
         if pid == 0:
             drive = Drive()
             with contextlib.suppress(BaseException):
                 drive.run(view)
-            os._exit(0 if len(drive.sent) > 1 else 1)
+                os._exit(0 if drive.sent[1:] and not django_ws._Groups.loops else 1)
+            os._exit(2)
+        del django_ws._Groups.loops[loop], loop.is_running
+        loop.close()
         try:
             ended: list[int] = []
 
@@ -6370,6 +6532,38 @@ class TestOutbox:
                     got = [str(client.recv(20)).split()[0] for _ in range(1000)]
                     assert got == [str(number) for number in range(1000)]
         assert quiet(caplog)
+
+    def test_the_server_sends_in_the_context_of_the_socket(self) -> None:
+        """Not of who broadcasts: what is logged there would name another client."""
+        who = contextvars.ContextVar("who", default="nobody")
+        seen: list[str] = []
+
+        class Telling(Live):
+            async def send(self, event: dict[str, Any]) -> None:
+                if event["type"] == "websocket.send":
+                    seen.append(who.get())
+                await super().send(event)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) > 1)
+            who.set("who broadcasts")
+            await broadcast("room", "x")
+            await live.until(lambda: len(seen) == 2)
+            live.queue.put_nowait(GONE)
+
+        Telling().play(member, client)
+        assert seen == ["nobody", "nobody"]
+
+    def test_the_outbox_counts_bytes(self) -> None:
+        async def client(slow: Any) -> None:
+            await slow.stops()
+            await broadcast("room", "0")  # is with the server
+            await broadcast("room", "𝄞" * 10)  # 40 bytes, and 14 of the frame
+            slow.reads.set()
+            await asyncio.wait([slow.task])
+
+        slow = serve_slow(member, client, WEBSOCKETS={"OUTBOX": 50})
+        assert slow.sent[-1]["code"] == 1013
 
 
 ROOM_APPLICATION = """
