@@ -568,7 +568,7 @@ class WebSocket(_Endpoint):
         self._send = send  # the server's
         self._headers = headers  # from the middleware, for the answer to the handshake
         self._refuse: Any = refuse  # sends a refusal; None once there is an answer
-        self._state = "connecting"
+        self._state = "connecting"  # as _Endpoint lists them
         # The code and the reason with which the connection ended.
         self._end: tuple[int, str] = (CloseCode.ABNORMAL_CLOSURE, "")
         self._receiver: Any = None  # the task in receive()
