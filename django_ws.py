@@ -669,7 +669,7 @@ class WebSocket(_Endpoint):
             self._timer = None
 
     def _start_reading_ahead(self) -> None:
-        self._cancel_timer()
+        self._timer = None
         if self._receiver is None and self._state != "closed":
             ahead = self._ahead = self._ahead or _ReadAhead(view_receives=True)
             if ahead.task is None or ahead.task.done():
@@ -711,12 +711,10 @@ class WebSocket(_Endpoint):
         self._finish(code, event.get("reason") or "", keep_unread=True)
 
     def _note_failed_send(self) -> None:
-        """Note that sending has failed; look for the end, which `receive` will tell."""
+        """Note that sending has failed; `receive`, or reading ahead, will tell why."""
         if self._state == "open":
             self._state = "closing"
-            if self._view.task is not None:
-                self._view.end(will_be_told=True)
-                self._start_reading_ahead()
+            self._view.end(will_be_told=True)
 
     def _finish(self, code: int, reason: str, keep_unread: bool = False) -> None:
         """Note the end, once; wake the task that receives; let the view end."""
