@@ -618,7 +618,7 @@ class WebSocket(_Endpoint):
         Cancelling it is safe on servers whose own `receive` is: no event is lost.
 
         Raises `WebSocketDisconnect` after the end, `RuntimeError` while another task
-        receives. Source: ASGI, "WebSocket".
+        receives and for an event that ASGI does not know. Source: ASGI, "WebSocket".
         """
         if self._receiver is not None:
             await self._raise_misuse("another task is receiving from this WebSocket")
@@ -637,10 +637,17 @@ class WebSocket(_Endpoint):
             self._receiver = None
             if self._timer is None:
                 self._set_timer(self.WATCH, self._start_reading_ahead)
+        if event["type"] != "websocket.receive":
+            self._note_other(event)
+        return event
+
+    def _note_other(self, event: Event) -> None:
+        """Note an event that is no message."""
         if event["type"] == "websocket.disconnect":
             self._view.tell()
             self._note_disconnect(event)
-        return event
+        elif event["type"] != "websocket.connect":
+            raise RuntimeError(f"{event['type']!r} is not an event of a WebSocket")
 
     async def _get_ahead(self, ahead: _ReadAhead) -> Event | None:
         """Return the next event that was read ahead, or None if the server has it."""
@@ -1227,10 +1234,11 @@ class WebSocketHandler(base.BaseHandler):
         """Resolve as Django does, but only to views for WebSockets."""
         match = super().resolve_request(request)
         if not hasattr(match.func, "websocket_view"):
-            raise http.Http404(
-                f"{request.path} is not a WebSocket route: path() routes it, and "
-                "websocket() would be needed"
+            text = (
+                f"{request.path} is no WebSocket: route it with websocket(), not path()"
             )
+            _logger.warning(text)
+            raise http.Http404(text)
         return match
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -1258,7 +1266,9 @@ class WebSocketHandler(base.BaseHandler):
         response = self.get_handshake_response(scope)
         response._handler_class = self.__class__
         if not isinstance(response, _SwitchingProtocols) or response.status_code != 101:
-            return self.get_denial(response, scope)  # middleware may change the status
+            events = self.get_denial(response, scope)  # middleware may set the status
+            response.close()
+            return events
         del response["Content-Type"]  # of no content
         headers = _get_headers(response)
 
@@ -1303,7 +1313,6 @@ class WebSocketHandler(base.BaseHandler):
             body = async_to_sync(_join)(response)
         else:
             body = response.getvalue()
-        response.close()
         extension = "websocket.http.response"
         if extension not in (scope.get("extensions") or ()):
             return [{"type": SendEvent.CLOSE}]
@@ -1333,6 +1342,12 @@ class WebSocketHandler(base.BaseHandler):
                     await self.get_close(socket, result)  # this logs it
                     raise asyncio.CancelledError
             if socket._state == "connecting":
+                if result is None:
+                    _logger.warning(
+                        "%s: refused, since the view returned without accept(). Call "
+                        "it, or close(), or return an HttpResponse.",
+                        socket.request.path,
+                    )
                 ended = isinstance(result, WebSocketDisconnect)
                 await socket._refuse_for(None if ended else result)
             else:
@@ -1366,6 +1381,9 @@ class WebSocketHandler(base.BaseHandler):
             await self.report(socket.request, result, denied)
             if conf.settings.DEBUG:
                 reason = f"{type(result).__name__}: {result}"
+        elif result is not None:
+            text = "%s: the view returned a value after accept(), where nobody gets it"
+            _logger.warning(text, socket.request.path)
         # A frame takes 123 bytes (RFC 6455, section 5.5).
         return code, reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")
 
@@ -1395,13 +1413,10 @@ class WebSocketHandler(base.BaseHandler):
         handler.make_view_atomic = lambda view: view
         handler._view_middleware = []
         traceback = getattr(result, "__traceback__", None)
-        signals.request_started.send(sender=self.__class__, scope=request.scope)
         get_response = exception.convert_exception_to_response(handler._get_response)
         response: Any = get_response(request)
         if isinstance(result, Exception):
             result.__traceback__ = traceback  # without this frame: no cycle
-        response._handler_class = self.__class__
-        response._resource_closers.append(request.close)
         for name, value in handshake.items():
             if name == "Vary":
                 patch_vary_headers(response, value.split(", "))
@@ -1412,7 +1427,10 @@ class WebSocketHandler(base.BaseHandler):
         if response.status_code >= 400:
             message = "%s: %s", response.reason_phrase, request.path
             log_response(*message, response=response, request=request)
-        return self.get_denial(response, request.scope)
+        events = self.get_denial(response, request.scope)
+        for close in response._resource_closers:  # the request was finished before
+            close()
+        return events
 
 
 def websockets(app: Application) -> Application:

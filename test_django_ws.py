@@ -865,6 +865,15 @@ class TestEvents:
         drive.run(view)
         assert drive.types == ["websocket.accept", "websocket.close"]
 
+    def test_an_event_that_asgi_does_not_know_is_a_runtime_error(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            with pytest.raises(RuntimeError, match="'websocket.ping' is not an event"):
+                await socket.receive()
+            assert await socket.receive_text() == "a"
+
+        assert Drive({"type": "websocket.ping"}, text("a")).run(view)[1:] == [NORMAL]
+
     def test_a_client_that_leaves_before_accept(self) -> None:
         async def view(socket: WebSocket) -> None:
             assert await socket.receive() == CONNECT
@@ -1669,7 +1678,9 @@ class TestHandshake:
         with serve(accepting, ws=ws) as server:
             assert server.handshake("/nowhere/").status == 404
 
-    def test_an_http_route_is_a_404_and_its_view_never_runs(self, ws: str) -> None:
+    def test_an_http_route_is_a_404_and_its_view_never_runs(
+        self, ws: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         ran = []
 
         def view(request: HttpRequest) -> HttpResponse:
@@ -1678,6 +1689,7 @@ class TestHandshake:
 
         with serve(path("page/", view), ws=ws) as server:
             assert server.handshake("/page/").status == 404
+            assert "/page/ is no WebSocket: route it with websocket()" in caplog.text
             assert not ran
             assert server.get("/page/").body == b"page"
             assert ran == ["/page/"]
@@ -1725,7 +1737,7 @@ class TestHandshake:
             assert got == ["started", "finished"]
             got.clear()
             Drive().run(closing)
-            assert got == ["started", "finished"] * 2  # handshake and refusal
+            assert got == ["started", "finished"]  # those of the handshake
         finally:
             signals.request_started.disconnect(started)
             signals.request_finished.disconnect(finished)
@@ -2149,7 +2161,7 @@ class TestBeforeAccept:
     def test_a_refusal_without_an_exception_has_no_traceback(self, caplog: Any) -> None:
         for view in (closing, just_returning):
             Drive().run(view)
-            [record] = caplog.records
+            [record] = [r for r in caplog.records if r.name == "django.request"]
             assert record.getMessage() == "Forbidden: /ws/"
             assert record.levelname == "WARNING" and not record.exc_info
             caplog.clear()
@@ -2163,6 +2175,16 @@ class TestBeforeAccept:
         drive = Drive()
         drive.run(view)
         assert drive.status == 403
+
+    @pytest.mark.parametrize("view", [closing, just_returning])
+    def test_a_view_that_forgot_accept_is_told_so(
+        self, view: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        drive = Drive()
+        drive.run(view)
+        assert drive.status == 403
+        told = "/ws/: refused, since the view returned without accept()" in caplog.text
+        assert told == (view is just_returning)
 
     def test_a_refused_exception_leaves_no_reference_cycle(self) -> None:
         class Precious(Exception):
@@ -2238,6 +2260,16 @@ class TestAfterAccept:
         if not (debug or code in (1003, 1007)):
             reason = ""
         assert sent[1] == {"type": "websocket.close", "code": code, "reason": reason}
+
+    def test_a_value_that_nobody_gets_is_told(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def view(socket: WebSocket) -> Any:
+            await socket.accept()
+            return HttpResponse()
+
+        assert Drive().run(view)[1:] == [NORMAL]
+        assert "returned a value after accept()" in caplog.text
 
     def test_returning_closes_with_1000(self, ws: str) -> None:
         with serve(accepting, ws=ws) as server, server.dial() as client:
