@@ -1168,10 +1168,10 @@ async def _join(parts: abc.AsyncIterable[bytes]) -> bytes:
 
 
 def _get_result(task: asyncio.Future[Any], unexpected: bool) -> Any:
-    """Return what a view returned or raised; whether its cancellation was unexpected.
+    """Return what a view returned or raised; cancellation is an error if `unexpected`.
 
-    A TaskGroup in a view wraps what its tasks raise into a group. What they raised
-    besides `WebSocketDisconnect` counts.
+    A TaskGroup in a view wraps what its tasks raise into a group. `WebSocketDisconnect`
+    counts only if they raised nothing else.
     """
     if task.cancelled():
         why = "the view awaited something that was cancelled"
@@ -1266,12 +1266,12 @@ class WebSocketHandler(base.BaseHandler):
         response = self.get_handshake_response(scope)
         response._handler_class = self.__class__
         if not isinstance(response, _SwitchingProtocols) or response.status_code != 101:
-            events = self.get_denial(response, scope)  # middleware may set the status
-            response.close()
-            return events
+            try:
+                return self.get_denial(response, scope)  # middleware may set the status
+            finally:
+                response.close()
         del response["Content-Type"]  # of no content
         headers = _get_headers(response)
-
         lock = asyncio.Lock()  # another task of the view may be refusing
 
         async def refuse(socket: WebSocket, result: Any) -> None:

@@ -8494,6 +8494,8 @@ FALLS_SHORT: dict[tuple[str, str], str] = {
     ("hypercorn", "the client's reason"): "reports none",
     ("daphne", "empty messages"): "drops them",
     ("daphne", "refusal with a page"): "answers a bare 403",
+    ("daphne", "headers of the answer"): "sends none",
+    ("granian", "headers of the answer"): "sends none",
     ("daphne", "reason"): "sends none",
     ("daphne", "standard code"): "sends 1000 and 3000 to 4999 only",
     ("daphne", "the client's reason"): "reports none",
@@ -8519,7 +8521,7 @@ WebSocket.GRACE = 1  # not 10
 
 
 async def echo(socket):
-    await socket.accept()
+    await socket.accept(headers={"X-Echo": "yes"})
     async for message in socket:
         if isinstance(message, str):
             await socket.send_text(message)
@@ -8687,7 +8689,8 @@ async def raw(scope, receive, send):
         await send({**start, "headers": headers})
         body = {"type": "websocket.http.response.body", "body": b"a page"}
         return await send({**body, "more_body": False})
-    await send({"type": "websocket.accept", "subprotocol": None, "headers": []})
+    headers = [(b"x-echo", b"yes")]
+    await send({"type": "websocket.accept", "subprotocol": None, "headers": headers})
     if what == "close":
         code = int(scope["path"].split("/")[3])
         close = {"type": "websocket.close", "code": code, "reason": "because"}
@@ -8821,6 +8824,11 @@ def refuses(server: Process, path: str) -> None:
     assert server.handshake(f"{path}deny/").status in (401, 403)
 
 
+def answers_with_headers(server: Process, path: str) -> None:
+    with server.dial(f"{path}echo/") as client:
+        assert client.response and client.response.headers.get("X-Echo") == "yes"
+
+
 BEHAVIOURS: dict[str, Callable[[Process, str], Any]] = {
     "text": lambda server, path: echoes(server, path, "hello", "déjà vu 🙂"),
     "binary": lambda server, path: echoes(server, path, b"\x00\xff"),
@@ -8832,6 +8840,7 @@ BEHAVIOURS: dict[str, Callable[[Process, str], Any]] = {
     "back-pressure on the view": stops_sending,
     "refusal": refuses,
     "refusal with a page": refuses_with_a_page,
+    "headers of the answer": answers_with_headers,
     "code": lambda server, path: check(closed_with(server, f"{path}close/4002/"), 4002),
     "standard code": lambda server, path: check(
         closed_with(server, f"{path}close/1008/"), 1008
