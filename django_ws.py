@@ -855,7 +855,7 @@ class WebSocket(_Endpoint):
         nothing sent. Source: RFC 6455, sections 5.5.1 and 7; ASGI, "Close".
         """
         event = _close_event(code, reason)
-        if self._state == "connecting":
+        if self._refuse is not None and self._state != "closed":
             return await self._refuse_for(None, code, reason)
         if self._state == "open":
             self._view.tell()
@@ -869,12 +869,7 @@ class WebSocket(_Endpoint):
         """Refuse the handshake for what the view returned or raised."""
         self._state = "closing"
         self._view.tell()
-        try:
-            await self._refuse(self, result)
-        except BaseException:
-            if self._state == "closing":
-                self._state = "connecting"  # it may be refused again
-            raise
+        await self._refuse(self, result)
         self._finish(code, reason)
 
     def _deliver(self, event: Event, limit: int = 0) -> None:

@@ -2236,6 +2236,38 @@ class TestBeforeAccept:
         drive.run(Dispatching.as_view())
         assert drive.status == 404
 
+    @pytest.mark.parametrize("view", [closing, raising(ValueError())])
+    def test_what_precedes_a_view_runs_once(
+        self, view: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from django.db import connections, transaction
+
+        def opening(using: Any) -> Any:
+            viewed.append("atomic")
+            return atomic(using)
+
+        atomic = transaction.atomic
+        monkeypatch.setattr(transaction, "atomic", opening)
+        entry = connections.settings["default"]
+        monkeypatch.setitem(entry, "ATOMIC_REQUESTS", True)
+        viewed.clear()
+        Drive().run(view, MIDDLEWARE=[f"{__name__}.Viewing"])
+        assert viewed == ["process_view", "atomic"]
+
+
+viewed: list[str] = []
+
+
+class Viewing:
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> Any:
+        return self.get_response(request)
+
+    def process_view(self, *args: Any) -> None:
+        viewed.append("process_view")
+
 
 class TestAfterAccept:
     @pytest.mark.parametrize(
@@ -2594,6 +2626,25 @@ class TestGoneIsGone:
             os.close(client.socket.detach())
             assert ended.wait(5)
             assert server.get("/nowhere/").status == 404
+
+    def test_one_that_swallows_it_again_and_again_ends_all_the_same(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(WebSocket, "WATCH", 0.02)
+        monkeypatch.setattr(WebSocket, "GRACE", 0.05)
+        swallowed = 0
+
+        async def view(socket: WebSocket) -> None:
+            nonlocal swallowed
+            await socket.accept()
+            while swallowed < 3:
+                try:
+                    await asyncio.sleep(3600)
+                except asyncio.CancelledError:
+                    swallowed += 1
+
+        Live().play(view, client_leaves)
+        assert swallowed == 3
 
     def test_a_view_that_swallows_the_cancellation_may_go_on(
         self, quick: None, caplog: pytest.LogCaptureFixture
@@ -3255,6 +3306,8 @@ class TestTheEnd:
             start = time.monotonic()
             await socket.close(4001)
             took.append(time.monotonic() - start)
+            slow.reads.set()
+            await asyncio.sleep(0.05)  # nothing goes out that was given up
 
         async def client(slow: Any) -> None:
             slow.queue.put_nowait(text("go"))
@@ -3263,6 +3316,7 @@ class TestTheEnd:
         slow = Slow()
         slow.play(view, client)
         assert 0.05 < took[0] < 1
+        assert len(slow.sent) == 2
 
     @pytest.mark.parametrize("receives", [False, True])
     def test_a_client_that_floods_is_closed_with_1008(
@@ -6180,6 +6234,20 @@ class TestOutbox:
 
         slow = serve_slow(member, client)
         assert messages(slow) == [*map(str, range(1000))]
+
+    def test_one_that_leaves_without_reading_is_not_waited_for(
+        self, quick: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(WebSocket, "FLUSH", 60)
+
+        async def client(slow: Any) -> None:
+            await slow.stops()
+            await broadcast("room", "a")
+            slow.queue.put_nowait(GONE)
+            await asyncio.wait([slow.task], timeout=10)
+            assert slow.task.done()
+
+        assert messages(serve_slow(member, client)) == []
 
     def test_a_bare_close_waits_too(self) -> None:
         async def view(socket: WebSocket) -> None:
