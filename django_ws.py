@@ -903,7 +903,7 @@ class WebSocket(_Endpoint):
             task = asyncio.ensure_future(view)
         self._view.task = task
         self._set_timer(self.WATCH, self._start_reading_ahead)
-        cancelled = False
+        ended, cancelled = loop.create_future(), False
 
         def wake(task: asyncio.Future[Any]) -> None:
             if not ended.done():
@@ -911,11 +911,10 @@ class WebSocket(_Endpoint):
 
         task.add_done_callback(wake)  # asyncio.wait() would need 1 KiB for each socket
         while not task.done():
-            ended = loop.create_future()
             try:
                 await ended
             except asyncio.CancelledError:  # by the server, never by the view
-                cancelled = True
+                ended, cancelled = loop.create_future(), True
                 self._view.cancel()
         # Leave nothing behind: no timer, no task, no cycle.
         self._view.stop()

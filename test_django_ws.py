@@ -1277,6 +1277,20 @@ class TestRoutes:
     def test_every_kind_of_view(self, route: Any, view: Any, expected: Any) -> None:
         assert first_message(route("ws/", view), "/ws/") == expected
 
+    def test_a_decorator_may_return_any_awaitable(self) -> None:
+        class Lazy:
+            def __init__(self, socket: WebSocket) -> None:
+                self.socket = socket
+
+            def __await__(self) -> Any:
+                return accepting(self.socket).__await__()
+
+        @functools.wraps(accepting)
+        def view(socket: WebSocket) -> Lazy:
+            return Lazy(socket)
+
+        assert first_message(websocket("ws/", view), "/ws/") == [[], {}]
+
     @pytest.mark.parametrize(
         "view",
         [
