@@ -3998,6 +3998,22 @@ class TestThreads:
             asyncio.run(main())
         assert took[0] < 0.7  # they take 1.5 s
 
+    def test_an_idle_socket_gives_its_thread_to_one_that_waits(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(django_ws._ViewExecutor, "IDLE", 60)
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_json(await sync_to_async(int)(5))
+            await socket.receive_text()
+
+        async def client(lives: list[Live]) -> None:
+            for live in lives:
+                await live.until(lambda: len(live.sent) == 2)
+
+        serve_all(2 * SIZE, view, client)
+
     def test_a_connection_that_cannot_be_closed_stops_nothing(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
