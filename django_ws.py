@@ -1331,7 +1331,6 @@ class WebSocketHandler(base.BaseHandler):
             if inspect.isawaitable(result):
                 task, cancelled = await socket._run(result)
                 result = _get_result(task, socket._state in ("connecting", "open"))
-                del task
                 if cancelled:
                     await self.get_close(socket, result)  # this logs it
                     raise asyncio.CancelledError
@@ -1354,7 +1353,6 @@ class WebSocketHandler(base.BaseHandler):
                     await socket.close(code, reason)
             await socket._flush()  # a close, which a group may have sent
         finally:
-            del result  # an exception, whose traceback leads back to this frame
             socket._abandon()
             executor.end()
 

@@ -2597,7 +2597,7 @@ class TestGoneIsGone:
                     server.uvicorn.should_exit = True
                 wait_for(lambda: len(steps) == 3)
         assert steps[:2] == ["async with", "except"]
-        assert float(steps[2].split()[1]) < 1.5
+        assert float(steps[2].split()[1]) < 5
         assert quiet(caplog)
 
     def test_before_accept_too(self, ws: str, caplog: Any) -> None:
@@ -2616,7 +2616,7 @@ class TestGoneIsGone:
             raw.sendall(HANDSHAKE)
             assert begun.wait(10)
             raw.close()
-            assert ended.wait(1.5)
+            assert ended.wait(5)
         assert quiet(caplog)
 
     def test_a_view_that_only_sends_stops_nobody(self, ws: str) -> None:
@@ -3329,7 +3329,7 @@ class TestTheEnd:
         took: list[float] = []
         slow = Slow()
         slow.play(view, client)
-        assert 0.05 < took[0] < 1
+        assert 0.05 < took[0] < 5
         assert len(slow.sent) == 2
 
     @pytest.mark.parametrize("receives", [False, True])
@@ -3971,19 +3971,22 @@ class TestThreads:
             assert Drive().run(counting)[1]["text"] == "true"
 
     def test_sockets_with_many_calls_starve_no_other(self) -> None:
-        took: list[float] = []
+        calls, before = itertools.count(), 0
+
+        def call() -> None:
+            time.sleep(0.005)
+            next(calls)
 
         async def busy(socket: WebSocket) -> None:
             await socket.accept()
-            calls = [sync_to_async(time.sleep)(0.005) for _ in range(300)]
-            await asyncio.gather(*calls)
+            await asyncio.gather(*[sync_to_async(call)() for _ in range(300)])
 
         async def other(socket: WebSocket) -> None:
+            nonlocal before
             await socket.accept()
             await asyncio.sleep(0.2)
-            start = time.monotonic()
             await sync_to_async(int)()
-            took.append(time.monotonic() - start)
+            before = next(calls)
 
         async def main() -> None:
             application: Any = websockets(no_http)
@@ -3996,7 +3999,7 @@ class TestThreads:
         routes = websocket("busy/", busy), websocket("ws/", other)
         with override_settings(ROOT_URLCONF=urlconf(*routes)):
             asyncio.run(main())
-        assert took[0] < 0.7  # they take 1.5 s
+        assert 0 < before < SIZE * 250  # of SIZE * 300
 
     def test_an_idle_socket_gives_its_thread_to_one_that_waits(
         self, monkeypatch: pytest.MonkeyPatch
@@ -6218,7 +6221,7 @@ class TestOutbox:
             start = time.monotonic()
             await broadcast("room", "too much")
             await broadcast("room", "nobody")
-            assert time.monotonic() - start < 0.5
+            assert time.monotonic() - start < 4
             slow.reads.set()
             await asyncio.wait([slow.task])
 
@@ -6819,14 +6822,18 @@ class TestNobodyIsHeldUp:
         async def client(lives: list[Live]) -> None:
             await all_joined(lives)
             reading = lives[60:]
-            delays = []
+            delays, noise = [], []
             for number in range(100):
+                start = time.monotonic()
+                await asyncio.sleep(0.001)
+                noise.append(time.monotonic() - start)
                 start = time.monotonic()
                 await broadcast("room", f"{number} " + "x" * 20_000)
                 for live in reading:
                     await live.until(lambda: len(messages(live)) > number)
                 delays.append(time.monotonic() - start)
-            assert sorted(delays)[94] < 0.05
+            # A machine that is busy otherwise needs longer for everything.
+            assert sorted(delays)[94] < 0.05 + 10 * (sorted(noise)[94] - 0.001)
             for live in reading:
                 live.queue.put_nowait(GONE)
             await asyncio.wait([live.task for live in lives])
@@ -6905,7 +6912,7 @@ class TestCrowds:
                     for client in others:
                         assert client.recv(10) == message
                     late.append(time.monotonic() - start)
-                assert max(late) < 0.5
+                assert max(late) < 2
                 others[0].send("memory")
                 assert json.loads(others[0].recv(10)) < 250_000  # KiB
                 slow.settimeout(10)
@@ -7307,7 +7314,7 @@ class TestRedisHere:
             start = time.monotonic()
             await close_group("room")
             await asyncio.wait([live.task for live in lives])
-            assert time.monotonic() - start < 1.5
+            assert time.monotonic() - start < 5
             await lives[0].until(lambda: len(asyncio.all_tasks()) == 1)
 
         serve_all(2, view, client, **redis_settings(redis))
@@ -7760,7 +7767,7 @@ class TestConnect:
                 for method in (socket.receive_text, socket.receive_json):
                     with pytest.raises(TimeoutError, match=waited):
                         await method()
-                assert time.monotonic() - start < 1
+                assert time.monotonic() - start < 5
                 await socket.send_text("nothing is lost")
                 assert await socket.receive_text() == "nothing is lost"
 
@@ -8539,7 +8546,7 @@ class TestShutdown:
             start = time.monotonic()
             server.process.send_signal(signal.SIGINT)
             server.process.wait(20)
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 8
         self.check(server.log.read_text())
 
     def test_reload_with_open_sockets(self, tmp_path: pathlib.Path) -> None:
@@ -8563,7 +8570,7 @@ class TestShutdown:
             wait_for(lambda: "Shutting down" in server.log.read_text(), 20)
             start = time.monotonic()
             wait_for(lambda: "Finished server process" in server.log.read_text())
-            assert time.monotonic() - start < 3
+            assert time.monotonic() - start < 8
             self.check(server.log.read_text())
 
             def ready() -> bool:
@@ -8976,7 +8983,7 @@ class TestServers:
             time.sleep(0.1)
         left = time.monotonic()
         wait_for(lambda: "busy ended" in server.log.read_text())
-        assert time.monotonic() - left < 1.5
+        assert time.monotonic() - left < 5
 
     @pytest.mark.parametrize("how", ["close frame", "reset"])
     def test_every_view_ends_and_stops_nobody(
