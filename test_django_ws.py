@@ -3216,7 +3216,9 @@ class TestTheEnd:
         Live().play(view, client_leaves)
         assert 10 <= asked <= 11
 
-    @pytest.mark.parametrize("what", ["receive", "send", "join", "leave", "close"])
+    @pytest.mark.parametrize(
+        "what", ["receive", "send", "join", "leave", "close", "accept"]
+    )
     def test_whatever_it_catches_others_go_on(self, what: str) -> None:
         turns = 0
 
@@ -3237,6 +3239,7 @@ class TestTheEnd:
                 "join": lambda: socket.join("room"),
                 "leave": lambda: socket.leave("room"),
                 "close": socket.close,
+                "accept": socket.accept,
             }
             for _ in range(100):
                 try:
