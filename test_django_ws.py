@@ -1464,6 +1464,15 @@ class Rescue:
         return None
 
 
+def unavailable(get_response: Any) -> Any:
+    def middleware(request: HttpRequest) -> Any:
+        response = get_response(request)
+        response.status_code = 503
+        return response
+
+    return middleware
+
+
 class TestHandshake:
     def test_the_session_user_is_there(self, ws: str, user: Any) -> None:
         with serve(whoami, ws=ws, MIDDLEWARE=SESSIONS) as server:
@@ -1658,6 +1667,15 @@ class TestHandshake:
             response = server.handshake()
             assert response.status == 418
             assert response.body == b"short and stout"
+
+    def test_a_middleware_that_sets_the_status_refuses(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            ran.append(socket)
+
+        ran: list[Any] = []
+        drive = Drive()
+        drive.run(view, MIDDLEWARE=[f"{__name__}.unavailable"])
+        assert drive.status == 503 and not ran
 
     def test_a_middleware_that_sets_the_urlconf(self, ws: str) -> None:
         with serve(accepting, ws=ws, MIDDLEWARE=[f"{__name__}.other_urls"]) as server:
@@ -4019,6 +4037,13 @@ class TestThreads:
                 await live.until(lambda: len(live.sent) == 2)
 
         serve_all(2 * SIZE, view, client)
+
+    def test_a_socket_that_ends_gives_its_thread_back(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(django_ws._ViewExecutor, "IDLE", 60)
+        Drive().run(just_querying)
+        wait_for(lambda: django_ws._threads.turns == 0)
 
     def test_a_connection_that_cannot_be_closed_stops_nothing(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
