@@ -26,6 +26,7 @@ import logging
 import os
 import pathlib
 import pickle
+import random
 import re
 import selectors
 import shutil
@@ -304,9 +305,22 @@ class Process(Site):
             self.process.wait()
 
 
+RESERVED: list[sockets.socket] = []
+
+
 def free_port() -> int:
-    with sockets.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """Return a port for a server, which no other run of these tests will return.
+
+    They may run at once, and would then talk to each other's servers: UDP reserves it.
+    """
+    while True:
+        port = random.randint(10_000, 30_000)  # none that the system gives to clients
+        with contextlib.suppress(OSError):
+            reserved = sockets.socket(type=sockets.SOCK_DGRAM)
+            RESERVED.append(reserved)
+            reserved.bind(("127.0.0.1", port))
+            sockets.create_server(("127.0.0.1", port)).close()
+            return port
 
 
 UVICORN = (sys.executable, "-m", "uvicorn", "--port", "{port}")
@@ -5164,8 +5178,9 @@ class TestSentry:
     ) -> None:
         def events() -> list[Any]:
             file = tmp_path / "events"
-            lines = file.read_text().splitlines() if file.exists() else []
-            return [json.loads(line) for line in lines]
+            written = file.read_text() if file.exists() else ""
+            whole = written.rpartition("\n")[0]  # the last line may be under way
+            return [json.loads(line) for line in whole.splitlines()]
 
         def errors() -> list[Any]:
             return [event for event in events() if "exception" in event]
