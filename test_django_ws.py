@@ -3914,6 +3914,16 @@ class TestMessagesOfABusyView:
         Live().play(view, client)
         assert set(counts) == {0}
 
+    def test_no_timer_is_left_of_a_view_that_was_told(self) -> None:
+        async def client(live: Live) -> None:
+            live.queue.put_nowait(GONE)
+            await asyncio.wait([live.task])
+            loop: Any = asyncio.get_running_loop()
+            due = [timer for timer in loop._scheduled if not timer.cancelled()]
+            assert not [timer for timer in due if "_View" in repr(timer)]
+
+        Live().play(echo, client)
+
     def test_nothing_is_left_when_a_view_has_ended(self, quick: None) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
