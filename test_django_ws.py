@@ -6968,7 +6968,7 @@ class TestCrowds:
                 assert max(late) < 2
                 others[0].send("memory")
                 assert json.loads(others[0].recv(10)) < 250_000  # KiB
-                slow.settimeout(10)
+                slow.settimeout(30)  # the server waits 10 s for its answer
                 received = b""
                 while part := slow.recv(2**20):
                     received = received[-200:] + part
@@ -7012,7 +7012,7 @@ class TestCrowds:
                 drained.set()
                 thread.join()
         times.sort()
-        assert times[int(len(times) * 0.99)] < 0.25
+        assert times[int(len(times) * 0.99)] < 3  # without turns there is no answer
 
 
 class TestOptions:
@@ -8921,7 +8921,7 @@ def echoes(server: Process, path: str, *messages: str | bytes) -> None:
     with server.dial(f"{path}echo/", max_size=None) as client:
         for message in messages:
             client.send(message)
-            assert client.recv(2) == message
+            assert client.recv(5) == message
 
 
 def leaves(server: Process, path: str, pattern: str) -> None:
