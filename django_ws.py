@@ -1440,6 +1440,9 @@ def websockets(app: Application) -> Application:
 # Threads: where the synchronous code of views runs
 
 
+_at_fork = getattr(os, "register_at_fork", lambda **hooks: None)  # Windows has none
+
+
 class _Threads:
     """The threads of one process: some for handshakes, others for views.
 
@@ -1452,8 +1455,7 @@ class _Threads:
 
     def __init__(self) -> None:
         self.start()
-        if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-            os.register_at_fork(after_in_child=self.start)
+        _at_fork(after_in_child=self.start)  # a child has none of its parent's threads
 
     def start(self) -> None:
         self.handshakes = futures.ThreadPoolExecutor(self.SIZE, "django_ws_handshake")
@@ -1621,8 +1623,7 @@ class _Groups:
                 socket._deliver(event, self.limit)
 
 
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's event loops
-    os.register_at_fork(after_in_child=_Groups.loops.clear)
+_at_fork(after_in_child=_Groups.loops.clear)  # a child has none of its parent's loops
 
 
 class _RedisGroups(_Groups):

@@ -3537,6 +3537,26 @@ class TestTheEnd:
         assert live.task.cancelled()
         assert ("in the cleanup" in caplog.text) == (when == "raises")
 
+    def test_the_servers_cancellation_of_a_view_that_has_just_ended(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await end.wait()
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: live.sent)
+            await asyncio.sleep(0.01)
+            end.set()
+            await asyncio.sleep(0)  # the view has ended, and nobody knows yet
+            live.task.cancel()
+            await asyncio.wait([live.task])
+
+        end = asyncio.Event()
+        live = Live()
+        live.play(view, client)
+        assert live.task.cancelled() and quiet(caplog)
+
     def test_a_receive_left_behind_hears_of_the_servers_cancellation(self) -> None:
         heard: list[str] = []
 
