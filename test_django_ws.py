@@ -4082,6 +4082,22 @@ class TestThreads:
 
         serve_all(2 * SIZE, view, client)
 
+    def test_a_call_that_was_cancelled_in_time_does_not_run(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            first = asyncio.create_task(sync_to_async(go_on.wait)(10))
+            second = asyncio.create_task(sync_to_async(ran.append)("second"))
+            await asyncio.sleep(0.05)
+            second.cancel()
+            await asyncio.wait([second])
+            go_on.set()
+            assert await first
+            await sync_to_async(ran.append)("third")
+
+        go_on, ran = threading.Event(), list[str]()
+        assert Drive().run(view)[1:] == [NORMAL]
+        assert ran == ["third"]
+
     def test_a_socket_that_ends_gives_its_thread_back(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
