@@ -7375,6 +7375,31 @@ class TestRedisHere:
         live.play(view, client, **redis_settings(redis))
         assert messages(live) == []  # the first is left out there
 
+    def test_a_join_that_was_given_up_before_redis_confirmed_it(
+        self, redis: Redis
+    ) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("other")
+            redis.process.send_signal(signal.SIGSTOP)  # it confirms nothing more
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await socket.join("room")
+                    raise AssertionError("Redis is stopped")
+            redis.process.send_signal(signal.SIGCONT)
+            await asyncio.wait_for(socket.join("third"), 10)
+            await broadcast("room", "it is a member even so")
+            await asyncio.wait_for(socket.receive_text(), 10)
+
+        async def client(live: Live) -> None:
+            await live.until(lambda: len(live.sent) == 2)
+            live.queue.put_nowait(GONE)
+            await live.until(lambda: len(asyncio.all_tasks()) == 1)
+
+        live = Live()
+        live.play(view, client, **redis_settings(redis))
+        assert live.sent[1]["text"] == "it is a member even so"
+
     def test_leaving_while_another_task_joins(self, redis: Redis) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
