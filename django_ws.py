@@ -40,6 +40,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 from collections import abc, deque
 from concurrent import futures
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -488,12 +489,7 @@ class _Outbox:
             if not task.done():
                 self.task = task
 
-    def clear(self) -> None:
-        self.events.clear()
-        self.size = 0
-
     def cancel(self) -> None:
-        self.clear()
         if self.task is not None:
             self.task.cancel()
 
@@ -505,10 +501,17 @@ class _Outbox:
                 event = self.events.popleft()
                 self.size -= _size_of(event)
                 self.blocked = True
-                await socket._send(event)
+                try:
+                    await socket._send(event)
+                except Exception:
+                    code = event.get("code", 0)
+                    if not 1000 < code < 3000:
+                        raise
+                    # daphne can send no standard code but 1000: 1011 becomes 4011.
+                    await socket._send({**event, "code": code + 3000})
                 self.blocked = False
         except (Exception, asyncio.CancelledError) as error:
-            self.clear()
+            self.events.clear()
             socket._note_failed_send()
             expected = OSError, RuntimeError, asyncio.CancelledError
             if not isinstance(error, expected):  # as in WebSocket.send()
@@ -607,7 +610,7 @@ class WebSocket(_Endpoint):
     @property
     def subprotocols(self) -> list[str]:
         """What the client offers (list of str), best first (RFC 6455, section 1.9)."""
-        return list(self.scope.get("subprotocols") or ())
+        return list(self.scope.get("subprotocols", ()))
 
     async def receive(self) -> Event:
         """Return the next ASGI event (a mapping), as the server gave it.
@@ -884,7 +887,7 @@ class WebSocket(_Endpoint):
         if event["type"] == "websocket.close":
             self._finish(event["code"], event["reason"])
         elif outbox.blocked and outbox.size > limit:
-            outbox.clear()
+            outbox.events.clear()
             self._deliver(_close_event(CloseCode.TRY_AGAIN_LATER, "reads too slowly"))
 
     async def _flush(self) -> None:
@@ -1018,6 +1021,10 @@ def _refuse_origin(request: http.HttpRequest) -> Any:
     return csrf._reject(request, REASON_BAD_ORIGIN % origin)
 
 
+async def _get_user(reference: abc.Callable[[], Any]) -> Any:
+    return reference().user  # also after login() and logout()
+
+
 def _load_user(request: http.HttpRequest) -> None:
     """Load the session's user, in the thread of the handshake.
 
@@ -1025,13 +1032,9 @@ def _load_user(request: http.HttpRequest) -> None:
     `request.auser()` would load a second object.
     """
     if hasattr(request, "user"):
-        user = request.user
-        bool(user)  # Django's SimpleLazyObject queries the database now
+        bool(request.user)  # Django's SimpleLazyObject queries the database now
 
-        async def auser() -> Any:
-            return user
-
-        setattr(request, "auser", auser)
+        setattr(request, "auser", functools.partial(_get_user, weakref.ref(request)))
 
 
 def _check_async(view: View) -> None:
@@ -1161,6 +1164,18 @@ async def _join(parts: abc.AsyncIterable[bytes]) -> bytes:
     return b"".join([part async for part in parts])
 
 
+def _get_body(response: Any) -> bytes:
+    """Return the whole body of a response that refuses a handshake."""
+    if response.status_code < 200:
+        raise ValueError(
+            f"a handshake cannot be refused with the status {response.status_code}; "
+            "middleware that accepts it returns the response of get_response()"
+        )
+    if getattr(response, "is_async", False):
+        return async_to_sync(_join)(response)
+    return bytes(response.getvalue())
+
+
 def _get_result(task: asyncio.Future[Any], unexpected: bool) -> Any:
     """Return what a view returned or raised; cancellation is an error if `unexpected`.
 
@@ -1257,11 +1272,11 @@ class WebSocketHandler(base.BaseHandler):
 
     def handshake(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Return the argument for `serve` or for `refuse`; runs in a worker thread."""
-        response = self.get_handshake_response(scope)
+        request, response = self.get_handshake_response(scope)
         response._handler_class = self.__class__
         if not isinstance(response, _SwitchingProtocols) or response.status_code != 101:
-            try:
-                return self.get_denial(response, scope)  # middleware may set the status
+            try:  # middleware may set the status
+                return self.get_denial(response, scope, request)
             finally:
                 response.close()
         del response["Content-Type"]  # of no content
@@ -1287,25 +1302,28 @@ class WebSocketHandler(base.BaseHandler):
         _set_variables(response.context)
         return accepted
 
-    def get_handshake_response(self, scope: Scope) -> Any:
-        """Return Django's response to a handshake, as to a GET over http or https."""
+    def get_handshake_response(self, scope: Scope) -> tuple[Any, Any]:
+        """Return a handshake's request, a GET over http or https, and the response."""
         scheme = "https" if scope.get("scheme") == "wss" else "http"
         scope = {**scope, "method": "GET", "scheme": scheme}
         urls.set_script_prefix(asgi.get_script_prefix(scope))
         signals.request_started.send(sender=self.__class__, scope=scope)
         try:
-            return self.get_response(asgi.ASGIRequest(scope, io.BytesIO()))
+            request = asgi.ASGIRequest(scope, io.BytesIO())
+            request.body  # b"", also when Django has closed the stream
+            return request, self.get_response(request)
         except UnicodeDecodeError:  # in the query string
-            return http.HttpResponseBadRequest()
+            return None, http.HttpResponseBadRequest()
 
-    def get_denial(self, response: Any, scope: Event) -> list[Event]:
+    def get_denial(self, response: Any, scope: Event, request: Any) -> list[Event]:
         """Return the events of a refusal (ASGI, "WebSocket Denial Response").
 
         A server without that extension answers `websocket.close` with a plain 403.
         """
-        if getattr(response, "is_async", False):
-            body = async_to_sync(_join)(response)
-        else:
+        try:
+            body = _get_body(response)
+        except Exception as error:
+            response = exception.response_for_exception(request, error)
             body = response.getvalue()
         extension = "websocket.http.response"
         if extension not in (scope.get("extensions") or ()):
@@ -1419,7 +1437,7 @@ class WebSocketHandler(base.BaseHandler):
         if response.status_code >= 400:
             message = "%s: %s", response.reason_phrase, request.path
             log_response(*message, response=response, request=request)
-        events = self.get_denial(response, request.scope)
+        events = self.get_denial(response, request.scope, request)
         for close in response._resource_closers:  # the request was finished before
             close()
         return events
@@ -1531,7 +1549,7 @@ class _ViewExecutor(futures.Executor):
         """Return the socket's next call, or None when its turn ends."""
         with _threads.lock:
             others_wait = _threads.turns > _threads.SIZE
-            if self.calls and others_wait and time.monotonic() > deadline:
+            if others_wait and time.monotonic() > deadline:
                 return None
             if not (self.calls or self.ended or others_wait):
                 _threads.idle.append(self)
@@ -1933,7 +1951,6 @@ class _Client(_Endpoint):
         if event["type"] == SendEvent.CLOSE:
             code = event.get("code") or CloseCode.NORMAL_CLOSURE
             self._closed(code, event.get("reason") or "")
-            self._raise_error()
         return event
 
     def _closed(self, code: int, reason: str) -> None:
