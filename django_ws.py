@@ -1584,6 +1584,7 @@ def _tend_connections(end: bool) -> None:
                 del connections[connection.alias]
         except Exception:
             _logger.exception("A database connection could not be closed")
+            del connections[connection.alias]  # no other socket may get it
 
 
 # Groups

@@ -2317,13 +2317,16 @@ class TestThreads:
     ) -> None:
         def fail(self: Any) -> None:
             if threading.current_thread().name.startswith("django_ws_view"):
+                self.connection.close()
                 raise ValueError("cannot close")
 
         async def view(socket: WebSocket) -> None:
             await socket.accept()
             for _ in range(2):
+                assert not await sync_to_async(lambda: connection.in_atomic_block)()
+                await sync_to_async(transaction.atomic().__enter__)()
                 await User.objects.acount()
-                await asyncio.sleep(0.2)  # the turn ends
+                await asyncio.sleep(0.3)  # the turn ends
 
         name = "close_if_unusable_or_obsolete"
         with monkeypatch.context() as patched:
