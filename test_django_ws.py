@@ -437,6 +437,7 @@ class TestEvents:
         assert await socket.receive() == GONE
         with pytest.raises(WebSocketDisconnect, match="4001"):
             await socket.accept()
+        await socket.close()
 
     @pytest.mark.parametrize("ahead", [False, True])
     @asynchronous(hasty=True)
@@ -1286,6 +1287,7 @@ class TestBeforeAccept:
             response = server.handshake()
             assert (response.status, response.body) == (401, b'{"detail": "no"}')
             assert response.headers["X-Why"] == "because"
+            assert response.headers["Content-Length"] == "16"
             assert response.headers["X-Frame-Options"] == "DENY"
             assert response.headers["Vary"] == "X-Own, Accept-Language, Cookie"
             assert response.headers["Set-Cookie"] == "seen=1; Path=/"
@@ -1351,10 +1353,12 @@ class TestBeforeAccept:
                     async with asyncio.timeout(0):
                         await socket.close()
                 return
-            tasks.append(asyncio.create_task(socket.close()))
+            tasks.append(asyncio.create_task(socket.close(4001, "why")))
+            await asyncio.sleep(0)
             if then == "again":
                 await socket.close()
-                with pytest.raises(WebSocketDisconnect):
+                await tasks[0]
+                with pytest.raises(WebSocketDisconnect, match="4001 why"):
                     await socket.accept()
             await asyncio.sleep(0.02)
             if then == "raises":
@@ -2736,11 +2740,13 @@ class TestGroups:
             for drive, error in zip(drives, [*errors, asyncio.CancelledError()]):
                 drive.error = error
             await broadcast("room", "a")
+            await turns()
             for drive in drives[:4]:
                 drive.error = AssertionError("the server is asked again")
+            await broadcast("room", "b")
+            for drive in drives[:4]:
                 drive.put(GONE)
                 await drive.end()
-            await broadcast("room", "b")
             assert [drive.messages for drive in drives] == [[]] * 4 + [["a", "b"]] * 2
         kinds = [type(r.exc_info[1]).__name__ for r in caplog.records if r.exc_info]
         assert kinds == ["KeyError"]
@@ -3201,6 +3207,10 @@ class TestRedis:
                         await socket.join(group)
 
             await socket.accept()
+            joining = asyncio.create_task(socket.join("none"))
+            await asyncio.sleep(0)
+            await socket.leave("none")  # nobody is left who could hear of it
+            await asyncio.wait_for(joining, 20)
             await give_up("first", 0)  # before the listener has begun
             await socket.join("other")
             redis.signal(signal.SIGSTOP)  # it confirms nothing more

@@ -779,7 +779,7 @@ def broken_stream() -> StreamingHttpResponse:
 
 
 def with_everything(request: Any) -> HttpResponse:
-    about = {"X-Why": "because", "Vary": "X-Own"}
+    about = {"X-Why": "because", "Vary": "X-Own", "Content-Length": "16"}
     response = JsonResponse({"detail": "no"}, status=401, headers=about)
     response.set_cookie("seen", "1")
     return response

@@ -54,7 +54,7 @@ from django.contrib.auth.models import User
 from django.core import signals
 from django.core.asgi import get_asgi_application
 from django.core.management import call_command
-from django.db import connections
+from django.db import close_old_connections, connections
 from django.http import HttpResponse
 from django.test import AsyncClient, Client, override_settings
 from websockets.exceptions import ConnectionClosed
@@ -224,6 +224,9 @@ def failures() -> Iterator[None]:
     yield
     signals.got_request_exception.disconnect(note)
     assert len(signals.got_request_exception.receivers) == receivers
+    for one in (signals.request_started, signals.request_finished):
+        assert one.disconnect(close_old_connections)  # it was connected
+        one.connect(close_old_connections)
     while FAILURES:
         raise FAILURES.pop()
 
