@@ -3679,6 +3679,19 @@ class TestConnect:
                 assert await socket.receive_text() == "x"
         assert sent < 20_000
 
+    @asynchronous
+    async def test_a_test_that_sends_without_a_pause_lets_the_view_run(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            async for message in socket:
+                got.append(message)
+
+        got: list[Any] = []
+        async with connected(view) as socket:
+            for _ in range(100):
+                await socket.send_text("x")
+            assert len(got) > 50
+
     @asynchronous(hasty=True)
     async def test_who_gives_up_during_the_handshake_leaves_nothing(self) -> None:
         made: list[Any] = []
