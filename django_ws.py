@@ -490,8 +490,10 @@ class _Outbox:
                 self.task = task
 
     def cancel(self) -> None:
+        self.events.clear()
         if self.task is not None:
             self.task.cancel()
+            self.task = None  # no cycle, if it has not begun
 
     async def send(self, socket: "WebSocket") -> None:
         """Send all events, as fast as the client reads."""
@@ -503,9 +505,9 @@ class _Outbox:
                 self.blocked = True
                 try:
                     await socket._send(event)
-                except Exception:
+                except Exception as error:
                     code = event.get("code", 0)
-                    if not 1000 < code < 3000:
+                    if type(error) is not Exception or not 1000 < code < 3000:
                         raise
                     # daphne can send no standard code but 1000: 1011 becomes 4011.
                     await socket._send({**event, "code": code + 3000})
@@ -1034,7 +1036,9 @@ def _load_user(request: http.HttpRequest) -> None:
     if hasattr(request, "user"):
         bool(request.user)  # Django's SimpleLazyObject queries the database now
 
-        setattr(request, "auser", functools.partial(_get_user, weakref.ref(request)))
+        with suppress(TypeError):  # a request's proxy may have no weak references
+            reference = weakref.ref(request)
+            setattr(request, "auser", functools.partial(_get_user, reference))
 
 
 def _check_async(view: View) -> None:
@@ -1310,6 +1314,7 @@ class WebSocketHandler(base.BaseHandler):
         signals.request_started.send(sender=self.__class__, scope=scope)
         try:
             request = asgi.ASGIRequest(scope, io.BytesIO())
+            request.META.pop("CONTENT_LENGTH", None)  # a handshake has no body
             request.body  # b"", also when Django has closed the stream
             return request, self.get_response(request)
         except UnicodeDecodeError:  # in the query string
@@ -1324,7 +1329,7 @@ class WebSocketHandler(base.BaseHandler):
             body = _get_body(response)
         except Exception as error:
             response = exception.response_for_exception(request, error)
-            body = response.getvalue()
+            body = _get_body(response)
         extension = "websocket.http.response"
         if extension not in (scope.get("extensions") or ()):
             return [{"type": SendEvent.CLOSE}]
@@ -1348,7 +1353,8 @@ class WebSocketHandler(base.BaseHandler):
         try:
             if inspect.isawaitable(result):
                 task, cancelled = await socket._run(result)
-                result = _get_result(task, socket._state in ("connecting", "open"))
+                going_on = not cancelled and socket._state in ("connecting", "open")
+                result = _get_result(task, going_on)
                 if cancelled:
                     await self.get_close(socket, result)  # this logs it
                     raise asyncio.CancelledError
@@ -1584,7 +1590,8 @@ def _tend_connections(end: bool) -> None:
                 del connections[connection.alias]
         except Exception:
             _logger.exception("A database connection could not be closed")
-            del connections[connection.alias]  # no other socket may get it
+            with suppress(AttributeError):
+                del connections[connection.alias]  # no other socket may get it
 
 
 # Groups

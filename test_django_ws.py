@@ -38,7 +38,7 @@ import time
 import tracemalloc
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
@@ -764,12 +764,13 @@ class TestRoutes:
 
     @pytest.mark.parametrize("route", [websocket, re_websocket])
     @pytest.mark.parametrize(
-        "view",
-        [passing, functools.partial(passing), Accepting, AsyncCallable, object()]
-        + [Synchronous.as_view(), "views.chat", include([])],
+        "view, name",
+        [(passing, "passing"), (functools.partial(passing), "passing")]
+        + [(Accepting, "Accepting"), (AsyncCallable, "AsyncCallable")]
+        + [(Synchronous.as_view(), "view"), (object(), "<object")]
+        + [("views.chat", "'views.chat'"), (include([]), "\\(")],
     )
-    def test_a_view_that_is_not_async_is_named(self, route: Any, view: Any) -> None:
-        name = "passing" if "passing" in repr(view) else ""
+    def test_a_view_that_is_not_async(self, route: Any, view: Any, name: str) -> None:
         with pytest.raises(TypeError, match=f"write 'async def' for .*{name}"):
             route("ws/", view)
 
@@ -948,6 +949,11 @@ class TestHandshake:
         with serve(pattern, ws=ws, root_path="/app") as server:
             # As a proxy that strips /app does.
             assert seen(server.dial("/ws/"))[0] == ["en-us", "/app/ws/", "/app/ws/"]
+
+    @pytest.mark.parametrize("length", [b"99999999", b"abc"])
+    def test_a_content_length_means_nothing(self, length: bytes) -> None:
+        headers = [(b"host", b"testserver"), (b"content-length", length)]
+        assert play(accepting, headers=headers).status == 101
 
     def test_a_query_string_that_is_no_utf8_is_a_400(self) -> None:
         assert play(accepting, query_string=b"a=\xff").status == 400
@@ -1633,7 +1639,7 @@ class TestContext:
 class TestLifeOfAView:
     """How it learns of the end, and what nobody can do to the process."""
 
-    def test_a_view_is_gone_eleven_seconds_after_its_client(self) -> None:
+    def test_the_limits_that_the_table_rests_on(self) -> None:
         assert WebSocket.WATCH + WebSocket.GRACE == 11 and WebSocket.FLUSH == 5
 
     @pytest.mark.parametrize("end", ["leaves", "fails to send", "close_group"])
@@ -1642,11 +1648,12 @@ class TestLifeOfAView:
     async def test_the_table(self, name: str, end: str, caplog: Log) -> None:
         view, expected, earliest, latest = LIVES[name]
         outcome: list[str] = []
-        loop = asyncio.get_running_loop()
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
 
         async def living(socket: WebSocket) -> None:
             await socket.accept()
             await socket.join("living")
+            begun.set()
             try:
                 await view(socket)
                 outcome.append("returned")
@@ -1657,6 +1664,7 @@ class TestLifeOfAView:
         heard = name in ("sleeps", "reads once", "listens in between")
         events = [text("beat")] if heard else []
         async with driven(living, *events) as drive:
+            await begun.wait()
             await asyncio.sleep(2)
             begins = loop.time()
             if end == "close_group":
@@ -1684,7 +1692,9 @@ class TestLifeOfAView:
     )
     @pytest.mark.parametrize("when", ["before", "after", "twice"])
     @asynchronous(hasty=True)
-    async def test_the_servers_cancellation_ends_it(self, name: str, when: str) -> None:
+    async def test_the_servers_cancellation_ends_it(
+        self, name: str, when: str, caplog: Log
+    ) -> None:
         async def view(socket: WebSocket) -> None:
             await socket.accept()
             try:
@@ -1705,6 +1715,7 @@ class TestLifeOfAView:
             await asyncio.sleep(23)
             assert ended and drive.task.done()
         assert drive.task.cancelled() or name == "reads" and when != "before"
+        assert quiet(caplog)
 
     @pytest.mark.parametrize("when", ["raises", "refuses", "just ended"])
     @asynchronous(hasty=True)
@@ -1742,32 +1753,44 @@ class TestLifeOfAView:
     @pytest.mark.parametrize("seconds", [0, 5])
     @asynchronous(hasty=True)
     async def test_a_task_that_outlives_its_view(self, how: str, seconds: int) -> None:
-        async def late(socket: WebSocket) -> None:
-            await asyncio.sleep(1)
-            for _ in range(12):
-                with pytest.raises(WebSocketDisconnect):
-                    await socket.join("late")
-
         async def view(socket: WebSocket) -> None:
+            sockets.append(socket)
             await socket.accept()
             await asyncio.sleep(seconds)  # it is read ahead
             tasks.append(asyncio.create_task(socket.receive_text()))
-            tasks.append(asyncio.create_task(late(socket)))
             await turns()
             if how == "raises":  # which is logged before the socket is closed
                 raise ValueError
             await asyncio.sleep(3600 * (how == "is cancelled"))
 
+        async def join_in_vain() -> None:
+            for _ in range(12):
+                with pytest.raises(WebSocketDisconnect):
+                    await sockets[0].join("late")
+
         tasks: list[Any] = []
-        async with driven(view) as drive:
-            if how == "is cancelled":
+        sockets: list[WebSocket] = []
+        logged, joined = threading.Event(), threading.Event()
+
+        def emit(record: Any) -> None:
+            logged.set()
+            assert joined.wait(20)
+
+        with logging_to(emit):
+            async with driven(view) as drive:
                 await until(lambda: tasks)
                 await turns()
-                drive.task.cancel()
-            await drive.end()
-            with pytest.raises(WebSocketDisconnect):
-                await tasks[0]
-            await tasks[1]
+                if how == "raises":
+                    await until(logged.is_set)
+                    assert sockets[0].connected
+                    await join_in_vain()
+                    joined.set()
+                elif how == "is cancelled":
+                    drive.task.cancel()
+                await drive.end()
+                await join_in_vain()
+                with pytest.raises(WebSocketDisconnect):
+                    await tasks[0]
 
     @pytest.mark.parametrize("how", ["close", "reset", "shutdown", "before accept"])
     def test_a_busy_view_cleans_up(
@@ -2182,7 +2205,7 @@ class TestReadingAhead:
         loop = asyncio.get_running_loop()
         async with driven(view, *[text("x" * 100)] * 1000) as drive:
             await drive.end()
-        assert drive.code == 1008 and took[0] >= expected
+        assert drive.code == 1008 and expected <= took[0] < expected + 30
         assert "closed with 1008" in caplog.text
 
     @asynchronous(hasty=True)
@@ -2321,7 +2344,8 @@ class TestThreads:
     ) -> None:
         def fail(self: Any) -> None:
             if threading.current_thread().name.startswith("django_ws_view"):
-                self.connection.close()
+                if self.connection:
+                    self.connection.close()
                 raise ValueError("cannot close")
 
         async def view(socket: WebSocket) -> None:
@@ -2857,12 +2881,11 @@ class TestGroups:
 
     @asynchronous
     async def test_a_close_that_cannot_be_sent_is_the_end(self, caplog: Log) -> None:
-        async with driven(leaving, count=0) as other, driven(member) as drive:
+        async with driven(member) as drive:
             await joined([drive])
             drive.error = KeyError("a server's bug")
             await close_group("room", 4001)
             await drive.end()
-            other.put(GONE)
         assert "The server's send() failed" in caplog.text
 
     @asynchronous
@@ -2873,13 +2896,15 @@ class TestGroups:
             if 1000 < event.get("code", 0) < 3000:
                 raise Exception("invalid close code")
 
-        async with driven(member, count=2) as drives:
+        async with driven(member, count=3) as drives:
             await joined(drives)
             drives[0].before = before
+            drives[2].error = OSError("the client has gone")
             await close_group("room", 1008, "why")
             for drive in drives:
                 await drive.end()
-        assert [drive.code for drive in drives] == [4008, 1008]
+        assert [drive.code for drive in drives[:2]] == [4008, 1008]
+        assert drives[2].tried == 3  # accept, "joined" and one close
         assert drives[0].sent[-1]["reason"] == "why" and quiet(caplog)
 
     def test_on_the_wire(self, ws: str, caplog: Log) -> None:
@@ -2985,7 +3010,7 @@ class TestOutbox:
         async with driven(view) as drive:
             await until(lambda: not drive.reads.is_set())
             start = asyncio.get_running_loop().time()
-            await asyncio.sleep(1)
+            await turns()
             await broadcast("room", "never")
             if how == "raises":  # reported before the client has read all
                 await until(lambda: "a bug" in caplog.text)
@@ -3014,8 +3039,23 @@ class TestOutbox:
             assert loop.time() - start < WebSocket.FLUSH
         assert drive.messages == []
 
+    @asynchronous(hasty=True)
+    async def test_nor_is_anything_sent_by_a_send_that_swallows_that(self) -> None:
+        async def swallow(event: Any) -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)
+
+        async with driven(member, count=1) as [drive]:
+            await joined([drive])
+            drive.before = swallow
+            for message in "abc":
+                await broadcast("room", message)
+            drive.put(GONE)
+            await drive.end()
+        assert drive.messages == ["a"]
+
     @asynchronous
-    async def test_the_views_own_messages_need_not_wait_for_the_groups(self) -> None:
+    async def test_the_views_own_messages_are_no_overflow(self) -> None:
         async def view(socket: WebSocket) -> None:
             await stop_reading(socket, drive)
             with pytest.raises(TimeoutError):
@@ -3625,7 +3665,7 @@ class TestConnect:
     @asynchronous
     async def test_it_waits_only_so_long(self, view: Any, message: str) -> None:
         with pytest.raises(TimeoutError, match=message):
-            async with connected(view) as socket:
+            async with connected(view, timeout=1) as socket:
                 with pytest.raises(TimeoutError, match=message):
                     await socket.receive_json()
                 await socket.send_text("nothing is lost")
@@ -3640,7 +3680,7 @@ class TestConnect:
 
         for view in (stubborn, hangs):
             with pytest.raises(TimeoutError, match="the view of /ws/ has not ended"):
-                async with connected(view):
+                async with connected(view, timeout=1):
                     pass
         with pytest.raises(TimeoutError, match="the view of /hangs/ has not ended"):
             async with connect(bare, "/hangs/") as socket:
@@ -3675,9 +3715,10 @@ class TestConnect:
                 sent += 1
 
         async with connected(view) as socket:
+            await turns(5_000)
             for _ in range(100):
                 assert await socket.receive_text() == "x"
-        assert sent < 20_000
+            assert 10_000 <= sent < 20_000
 
     @asynchronous
     async def test_a_test_that_sends_without_a_pause_lets_the_view_run(self) -> None:
@@ -3717,6 +3758,9 @@ class TestConnect:
                     async with asyncio.timeout(0.05):
                         async with connected(silent_after_accept):
                             await asyncio.sleep(3600)
+                await turns()
+                assert len(asyncio.all_tasks()) == 1
+                await asyncio.sleep(3600)
 
     @asynchronous
     async def test_groups_work(self) -> None:
@@ -3747,35 +3791,6 @@ FALLS_SHORT: dict[tuple[str, str], str] = {
     ("gunicorn", "refusal with a page"): "answers a bare 403",
     ("gunicorn", "the client's reason"): "reports none",
 }
-
-
-BEHAVIOURS: dict[str, Callable[[Process, str], Any]] = {
-    "text": lambda server, raw: echoes(server, raw, "hello", "déjà vu 🙂"),
-    "binary": lambda server, raw: echoes(server, raw, b"\x00\xff"),
-    "1 MiB": lambda server, raw: echoes(server, raw, "é" * 2**19, b"x" * 2**20),
-    "empty messages": lambda server, raw: echoes(server, raw, "", b""),
-    "order under load": keeps_order,
-    "cancel-safe receive": lambda server, raw: keeps_order(server, raw, "poll", 200),
-    "back-pressure on the client": stops_reading,
-    "back-pressure on the view": stops_sending,
-    "refusal": denies,
-    "refusal with a page": lambda server, raw: denies(server, raw, True),
-    "headers of the answer": answers_with_headers,
-    "code": lambda server, raw: closes(server, raw, 4002),
-    "standard code": lambda server, raw: closes(server, raw, 1008),
-    "reason": lambda server, raw: closes(server, raw, 4002, "because"),
-    "the client's code": lambda server, raw: hears(server, raw, "left 4001"),
-    "the client's reason": lambda server, raw: hears(server, raw, "left .* bye"),
-}
-
-
-STOPPED = ["sleeps", "reads", "sends for ever"]
-
-
-def has_stopped_well(server: Process) -> None:
-    for life in STOPPED:
-        assert server.output.count(f"{life} has ended.") == 1
-    assert not re.search("Traceback|ERROR", server.output)
 
 
 class TestServers:
@@ -4220,8 +4235,9 @@ class TestReadme:
         if "asyncio" in command:
             needs("pytest_asyncio")
         env = {name: os.environ[name] for name in os.environ if name != "CI"}
-        said = run("python", *command.split(), cwd=readme.directory, env=env)
-        assert "1 passed" in said or "manage.py" in command
+        out: Any = {"capture_output": False, "stdout": -1, "stderr": -2}
+        said = run("python", *command.split(), cwd=readme.directory, env=env, **out)
+        assert re.search(r"Ran [1-9]\d* tests?|[1-9]\d* passed", said)
 
     def test_its_celery_task(self, redis: Redis, readme: Any) -> None:
         needs("celery")

@@ -438,8 +438,8 @@ def for_ever(call: Any) -> Any:
 
 
 # What a view does; how it is to end when its client leaves; and how many seconds after
-# that at the earliest and at the latest. Who was told may clean up; who was not is
-# cancelled; who asks for ever, too.
+# that at the earliest and at the latest. A view that was told of the end may clean up;
+# one that was not is cancelled, and so is one that keeps asking.
 LIVES: dict[str, tuple[Any, str, float, float]] = {
     "reads": (reads, "WebSocketDisconnect", 0, 0),
     "iterates": (reader, "returned", 0, 0),
@@ -1040,7 +1040,7 @@ urlpatterns.append(websocket("tenant/", tenanted))
 
 
 async def stop_reading(socket: WebSocket, drive: Any) -> None:
-    """Be a member whose client did not read what was broadcast just now."""
+    """Join, stop the client from reading, and broadcast two messages."""
     await socket.accept()
     await socket.join("room")
     drive.reads.clear()
