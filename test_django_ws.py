@@ -3657,15 +3657,15 @@ class TestConnect:
     @pytest.mark.parametrize(
         "view, message",
         [
-            (echo, "waited 1 s for a message from the view of /ws/"),
-            (silent, "waited 1 s for the answer to the handshake"),
-            (stubborn, "waited 1 s for a message from the view of /ws/"),
+            (echo, "waited 0.5 s for a message from the view of /ws/"),
+            (silent, "waited 0.5 s for the answer to the handshake"),
+            (stubborn, "waited 0.5 s for a message from the view of /ws/"),
         ],
     )
     @asynchronous
     async def test_it_waits_only_so_long(self, view: Any, message: str) -> None:
         with pytest.raises(TimeoutError, match=message):
-            async with connected(view, timeout=1) as socket:
+            async with connected(view, timeout=0.5) as socket:
                 with pytest.raises(TimeoutError, match=message):
                     await socket.receive_json()
                 await socket.send_text("nothing is lost")
@@ -3673,14 +3673,16 @@ class TestConnect:
                 await socket.receive_json()
 
     @asynchronous
-    async def test_a_view_that_does_not_end_is_named(self) -> None:
+    async def test_a_view_that_does_not_end_is_named(self, monkeypatch: Patch) -> None:
+        monkeypatch.setattr(WebSocket, "WATCH", 0.1)
+
         async def hangs(socket: WebSocket) -> None:
             await socket.close()
             await silent(socket)
 
         for view in (stubborn, hangs):
             with pytest.raises(TimeoutError, match="the view of /ws/ has not ended"):
-                async with connected(view, timeout=1):
+                async with connected(view, timeout=0.5):
                     pass
         with pytest.raises(TimeoutError, match="the view of /hangs/ has not ended"):
             async with connect(bare, "/hangs/") as socket:
