@@ -1353,11 +1353,10 @@ class WebSocketHandler(base.BaseHandler):
         try:
             if inspect.isawaitable(result):
                 task, cancelled = await socket._run(result)
-                going_on = not cancelled and socket._state in ("connecting", "open")
-                result = _get_result(task, going_on)
                 if cancelled:
-                    await self.get_close(socket, result)  # this logs it
+                    await self.get_close(socket, _get_result(task, False))  # logs it
                     raise asyncio.CancelledError
+                result = _get_result(task, socket._state in ("connecting", "open"))
             if socket._state == "connecting":
                 if result is None:
                     _logger.warning(
