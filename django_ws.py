@@ -1035,7 +1035,6 @@ def _load_user(request: http.HttpRequest) -> None:
     """
     if hasattr(request, "user"):
         bool(request.user)  # Django's SimpleLazyObject queries the database now
-
         with suppress(TypeError):  # a request's proxy may have no weak references
             reference = weakref.ref(request)
             setattr(request, "auser", functools.partial(_get_user, reference))
@@ -1329,6 +1328,7 @@ class WebSocketHandler(base.BaseHandler):
             body = _get_body(response)
         except Exception as error:
             response = exception.response_for_exception(request, error)
+            error.__traceback__ = None  # without these frames: no cycle
             body = _get_body(response)
         extension = "websocket.http.response"
         if extension not in (scope.get("extensions") or ()):

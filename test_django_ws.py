@@ -1784,6 +1784,10 @@ class TestLifeOfAView:
                     await until(logged.is_set)
                     assert sockets[0].connected
                     await join_in_vain()
+                    drive.error = OSError()
+                    with pytest.raises(WebSocketDisconnect, match="1006"):
+                        await sockets[0].send_text("x")
+                    drive.error = None
                     joined.set()
                 elif how == "is cancelled":
                     drive.task.cancel()
@@ -1876,35 +1880,6 @@ class TestLifeOfAView:
                     await drive.end()
             [record] = [r for r in caplog.records if r.name == "django.request"]
             assert record.exc_info and str(record.exc_info[1]) == "in the cleanup"
-
-    @asynchronous
-    async def test_an_error_is_reported_though_a_task_fails_to_send(
-        self,
-    ) -> None:
-        async def view(socket: WebSocket) -> None:
-            await socket.accept()
-            tasks.append(asyncio.create_task(late(socket)))
-            raise ValueError
-
-        async def late(socket: WebSocket) -> None:
-            await until(reported.is_set)
-            drive.error = OSError()
-            with pytest.raises(WebSocketDisconnect, match="1006"):
-                await socket.send_text("x")
-            drive.error = None
-            sent.set()
-
-        tasks: list[Any] = []
-        reported, sent = threading.Event(), threading.Event()
-
-        def emit(record: Any) -> None:
-            reported.set()
-            assert sent.wait(20)
-
-        with logging_to(emit):
-            async with driven(view) as drive:
-                await drive.end()
-                await tasks[0]
 
     def test_a_cancellation_nobody_asked_for_is_an_error(self, caplog: Log) -> None:
         async def view(socket: WebSocket) -> None:
@@ -2076,7 +2051,8 @@ class TestLifeOfAView:
 
     @pytest.mark.parametrize(
         "how",
-        ["raises", "denied", "cancelled", "gone", "ahead", "reader", "group", "thread"],
+        ["raises", "denied", "cancelled", "gone", "ahead", "reader", "group", "thread"]
+        + ["stream"],
     )
     def test_a_socket_is_freed_without_the_garbage_collector(self, how: str) -> None:
         kept: list[Any] = []
@@ -2084,10 +2060,16 @@ class TestLifeOfAView:
         class Precious(Exception):
             pass
 
-        async def view(socket: WebSocket) -> None:
+        async def failing() -> AsyncIterator[str]:
+            yield "a part"
+            raise Precious
+
+        async def view(socket: WebSocket) -> Any:
             kept.extend([weakref.ref(socket), weakref.ref(socket.request)])
             if how == "denied":
                 raise Precious
+            if how == "stream":
+                return StreamingHttpResponse(failing())
             await socket.accept()
             await socket.join("room")
             if how == "raises":
