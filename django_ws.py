@@ -25,12 +25,14 @@ your error pages. Serve it with an ASGI server that speaks WebSocket, for exampl
 """
 
 import asyncio
+import base64
 import contextvars
 import copy
 import enum
 import functools
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -43,8 +45,8 @@ import time
 import weakref
 from collections import abc, deque
 from concurrent import futures
-from contextlib import asynccontextmanager, nullcontext, suppress
-from typing import Any, ClassVar, Literal, NoReturn
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, async_to_sync
@@ -56,6 +58,7 @@ from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.handlers import asgi, base, exception
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import close_old_connections, connections
+from django.db.utils import load_backend
 from django.http.response import HttpResponseBase, ResponseHeaders
 from django.middleware.csrf import REASON_BAD_ORIGIN, CsrfViewMiddleware
 from django.utils.cache import patch_vary_headers
@@ -394,7 +397,7 @@ class _View:
     cancels its asynchronous HTTP views. Otherwise it has `grace` seconds to clean up.
     """
 
-    __slots__ = "grace", "task", "told", "asker", "timer", "context"
+    __slots__ = "grace", "task", "told", "asker", "timer", "context", "error"
 
     def __init__(self, grace: float) -> None:
         self.grace = grace
@@ -404,6 +407,7 @@ class _View:
         self.timer: asyncio.TimerHandle | None = None  # for the next cancellation
         # That of the socket; whoever broadcasts has another.
         self.context: contextvars.Context | None = None
+        self.error: Exception | None = None  # what a handler of a group raised
 
     def tell(self) -> None:
         """Count that a task was told of the end; cancel a view that keeps asking."""
@@ -583,7 +587,7 @@ class WebSocket(_Endpoint):
         self._timer: asyncio.TimerHandle | None = None
         self._view = _View(self.GRACE)  # the task of the view
         self._sends = 0  # how many messages the view has sent
-        self._groups: dict[str, Any] = {}  # the groups that the socket is in, by name
+        self._membership: Any = None  # in groups; None until the first join()
         self._outbox: _Outbox | None = None  # None until something was put there
 
     def __getattr__(self, name: str) -> Any:
@@ -898,8 +902,21 @@ class WebSocket(_Endpoint):
             await asyncio.wait([self._outbox.task], timeout=self.FLUSH)
             self._outbox.cancel()  # the client does not read
 
-    async def _run(self, view: abc.Awaitable[Any]) -> tuple[asyncio.Future[Any], bool]:
-        """Run the view in a task; return that, and whether the server cancelled."""
+    def _fail(self, error: Exception) -> None:
+        """End the view as if it had raised what a handler of a group raised."""
+        if self._state == "open":
+            self._view.error = error
+            self._view.cancel()
+        elif not isinstance(error, WebSocketDisconnect):
+            self._view.error = error  # to be logged
+
+    async def _run(
+        self, view: abc.Awaitable[Any]
+    ) -> tuple[asyncio.Future[Any], Exception | None, bool]:
+        """Run the view in a task.
+
+        Return that, what a handler of a group raised, and whether the server cancelled.
+        """
         self._view.context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
         if inspect.iscoroutine(view):  # never eager: it would run before the next line
@@ -921,17 +938,23 @@ class WebSocket(_Endpoint):
             except asyncio.CancelledError:  # by the server, never by the view
                 ended, cancelled = loop.create_future(), True
                 self._view.cancel()
+        if self._membership is not None and (handling := self._membership.end(self)):
+            self._view.task = handling
+            self._view.cancel()
+            while not handling.done():
+                try:
+                    await asyncio.wait([handling])
+                except asyncio.CancelledError:
+                    cancelled = True
         # Leave nothing behind: no timer, no task, no cycle.
         self._view.stop()
         self._view.task = None
+        error, self._view.error = self._view.error, None
         self._cancel_timer()
         if self._ahead is not None and self._ahead.task is not None:
             self._ahead.task.cancel()
             self._ahead.task = None
-        while self._groups:
-            group, groups = self._groups.popitem()
-            groups.leave(group, self)
-        return task, cancelled
+        return task, error, cancelled
 
     def _abandon(self) -> None:
         """Note that the server has gone, unless the connection had ended before."""
@@ -939,30 +962,48 @@ class WebSocket(_Endpoint):
         if self._outbox is not None:
             self._outbox.cancel()
 
-    async def join(self, group: str) -> None:
+    async def join(
+        self, group: str, handler: abc.Callable[[Any], Any] | None = None
+    ) -> None:
         """Put the socket into a group (str) until it leaves or ends.
 
-        Everything sent to the group after `join()` has returned arrives. Joining again
-        does nothing. With Redis it waits until Redis has confirmed the subscription,
-        however long Redis is down. Cancelling it is safe; `leave()` undoes it.
+        Everything sent to the group after `join()` has returned arrives: at the client
+        or, with a `handler` (an async callable), there: `await handler(message)` gets
+        what `broadcast()` was given, JSON as data. Messages are handled one after
+        another, in order, beside the view and in its context. What a handler raises
+        ends the view as if the view had raised it. One for which more bytes wait than
+        WEBSOCKETS["OUTBOX"] closes the socket with 1013.
 
-        Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end.
+        Joining again only changes the handler. With Redis or PostgreSQL it waits until
+        that has confirmed, however long it is down. Cancelling it is safe; `leave()`
+        undoes it.
+
+        Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end,
+        `TypeError` for a handler that is not asynchronous.
         """
+        if handler is not None and not _is_async(handler):
+            name = getattr(handler, "__qualname__", repr(handler))
+            raise TypeError(
+                f"a group's handler is asynchronous: 'async def' for {name}"
+            )
         if self._state == "connecting":
             await self._raise_misuse("call accept() before join()")
         if self._state != "open" or self._view.task is None:  # a task outlived the view
             await self._raise_disconnect()
-        groups = self._groups[group] = _groups(group)
-        await groups.join(group, self)
+        groups = _groups(group)
+        self._membership = self._membership or _Membership()
+        self._membership.groups[group] = groups
+        await groups.join(group, self, handler)
         await asyncio.sleep(0)
 
     async def leave(self, group: str) -> None:
         """Take the socket out of a group (str), if it is in it.
 
-        Cancelling it is safe. It raises nothing, not even after the end.
+        What waits for the group's handler is dropped. Cancelling it is safe. It raises
+        nothing, not even after the end.
         """
-        if group in self._groups:
-            self._groups.pop(group).leave(group, self)
+        if self._membership is not None:
+            self._membership.leave(group, self)
         await asyncio.sleep(0)
 
 
@@ -1040,23 +1081,23 @@ def _load_user(request: http.HttpRequest) -> None:
             setattr(request, "auser", functools.partial(_get_user, reference))
 
 
-def _check_async(view: View) -> None:
-    target: Any = view
+def _is_async(function: abc.Callable[..., Any]) -> bool:
+    target: Any = function
     while isinstance(target, functools.partial) or hasattr(target, "__wrapped__"):
         target = getattr(target, "__wrapped__", None) or target.func
     called = None if isinstance(target, type) else getattr(target, "__call__", None)
-    if not (is_async(target) or is_async(view) or is_async(called)):
-        name = getattr(target, "__qualname__", repr(target))
+    return bool(is_async(target) or is_async(function) or is_async(called))
+
+
+def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponseBase]:
+    """Return the ordinary, synchronous Django view for the handshakes of a view."""
+    if not _is_async(view):
+        name = getattr(inspect.unwrap(view), "__qualname__", repr(view))
         raise TypeError(
             f"a WebSocket view is asynchronous: write 'async def' for {name}, "
             "as in 'async def view(socket)' or, in a View class, "
             "'async def get(self, socket)', and pass View.as_view()"
         )
-
-
-def _handshake_view(view: View) -> abc.Callable[..., http.HttpResponseBase]:
-    """Return the ordinary, synchronous Django view for the handshakes of a view."""
-    _check_async(view)
 
     def handshake(request: http.HttpRequest, /, *args: Any, **kwargs: Any) -> Any:
         if getattr(request, "scope", {}).get("type") != "websocket":
@@ -1179,16 +1220,23 @@ def _get_body(response: Any) -> bytes:
     return bytes(response.getvalue())
 
 
-def _get_result(task: asyncio.Future[Any], unexpected: bool) -> Any:
+def _get_result(
+    task: asyncio.Future[Any], error: Exception | None, unexpected: bool
+) -> Any:
     """Return what a view returned or raised; cancellation is an error if `unexpected`.
 
-    A TaskGroup in a view wraps what its tasks raise into a group. `WebSocketDisconnect`
-    counts only if they raised nothing else.
+    `error` is what a handler of a group raised. A TaskGroup in a view wraps what its
+    tasks raise into a group. `WebSocketDisconnect` counts only if they raised nothing
+    else.
     """
     if task.cancelled():
         why = "the view awaited something that was cancelled"
-        return RuntimeError(why) if unexpected else None
+        return error or (RuntimeError(why) if unexpected else None)
     result: Any = task.exception()
+    if error is not None and isinstance(result, Exception):
+        result = ExceptionGroup("a handler and then the view failed", [error, result])
+    elif error is not None and result is None:
+        result = error
     if not isinstance(result, Exception):
         return task.result()
     while isinstance(result, ExceptionGroup):
@@ -1352,11 +1400,13 @@ class WebSocketHandler(base.BaseHandler):
         _run_sync_code_in(executor)
         try:
             if inspect.isawaitable(result):
-                task, cancelled = await socket._run(result)
+                task, error, cancelled = await socket._run(result)
                 if cancelled:
-                    await self.get_close(socket, _get_result(task, False))  # logs it
+                    result = _get_result(task, error, unexpected=False)
+                    await self.get_close(socket, result)  # logs it
                     raise asyncio.CancelledError
-                result = _get_result(task, socket._state in ("connecting", "open"))
+                unexpected = socket._state in ("connecting", "open")
+                result = _get_result(task, error, unexpected)
             if socket._state == "connecting":
                 if result is None:
                     _logger.warning(
@@ -1596,6 +1646,97 @@ def _tend_connections(end: bool) -> None:
 # Groups
 
 
+Handler = abc.Callable[[Any], abc.Awaitable[Any]]
+
+
+class _GroupMessage(NamedTuple):
+    """What is sent to a group: a message, or a close."""
+
+    event: Event  # as a client gets it
+    is_json: bool = False
+    spread: float = 0.0  # seconds over which a close reaches the members
+
+    def value(self) -> Any:
+        """Return a message as a handler gets it; JSON is its own to change."""
+        if "bytes" in self.event:
+            return self.event["bytes"]
+        return _decode_json(self.event["text"]) if self.is_json else self.event["text"]
+
+
+class _Membership:
+    """The groups that a socket is in, and what waits for their handlers."""
+
+    __slots__ = "groups", "messages", "size", "task", "busy", "timer"
+
+    def __init__(self) -> None:
+        self.groups: dict[str, _Groups] = {}  # by name
+        # The groups' names, and their messages.
+        self.messages: deque[tuple[str, _GroupMessage]] = deque()
+        self.size = 0  # of the messages, in bytes
+        self.task: asyncio.Task[None] | None = None  # runs the handlers
+        self.busy = False  # whether a handler runs
+        self.timer: asyncio.TimerHandle | None = None  # closes if handlers do not end
+
+    def leave(self, group: str, socket: WebSocket) -> None:
+        if group in self.groups:
+            self.groups.pop(group).leave(group, socket)
+
+    def put(self, group: str, socket: WebSocket, message: _GroupMessage) -> None:
+        """Let the group's handler have a message, or close after it had all others."""
+        loop = asyncio.get_running_loop()
+        self.messages.append((group, message))
+        self.size += _size_of(message.event)
+        if self.task is None:
+            assert socket._view.context is not None
+            # A copy, for while a handler runs, nothing else could enter its context.
+            context = socket._view.context.copy()
+            self.task = asyncio.Task(self.handle(socket), loop=loop, context=context)
+        if message.event["type"] == "websocket.close":
+            close = functools.partial(socket._deliver, message.event)
+            self.timer = self.timer or loop.call_later(socket.FLUSH, close)
+        elif self.busy and self.size > self.groups[group].limit:
+            self.messages.clear()
+            slow = "messages are handled too slowly"
+            socket._deliver(_close_event(CloseCode.TRY_AGAIN_LATER, slow))
+
+    async def handle(self, socket: WebSocket) -> None:
+        """Let the handlers have the messages, one after another."""
+        try:
+            while self.messages and socket.connected:
+                group, message = self.messages.popleft()
+                self.size -= _size_of(message.event)
+                self.busy = True
+                if group in self.groups:
+                    await self.groups[group].handle(group, socket, message)
+                self.busy = False
+                await asyncio.sleep(0)  # handlers that never wait must not block
+        except asyncio.CancelledError:
+            if self.task is not None:  # it was not end() that cancelled
+                self.end(socket)
+                why = "a group's handler awaited something that was cancelled"
+                socket._fail(RuntimeError(why))
+        except Exception as error:
+            self.end(socket)
+            socket._fail(error)
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        self.task, self.busy, self.size = None, False, 0
+        self.messages.clear()
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def end(self, socket: WebSocket) -> asyncio.Task[None] | None:
+        """Leave all groups; return the task that runs the handlers, to be cancelled."""
+        for group in list(self.groups):
+            self.leave(group, socket)
+        task = self.task
+        self.stop()
+        return task
+
+
 class _Groups:
     """The groups of one event loop; messages stay in this process."""
 
@@ -1606,12 +1747,13 @@ class _Groups:
         self.limit: int = options["OUTBOX"]
         # The sockets of each group, in the order in which they joined: messages that
         # overtake each other within a large group would reach members out of order.
-        self.members: dict[str, dict[WebSocket, None]] = {}
+        self.members: dict[str, dict[WebSocket, Handler | None]] = {}
+        self.closing: set[asyncio.Task[None]] = set()  # groups, over some seconds
 
-    async def join(self, group: str, socket: WebSocket) -> None:
+    async def join(self, group: str, socket: WebSocket, handler: Any) -> None:
         """Add a socket; what is published from now on reaches it."""
         self.loops[asyncio.get_running_loop()] = self
-        self.members.setdefault(group, {})[socket] = None
+        self.members.setdefault(group, {})[socket] = handler
 
     def leave(self, group: str, socket: WebSocket) -> None:
         """Remove a socket; an empty group leaves no trace."""
@@ -1622,77 +1764,113 @@ class _Groups:
         if not self.members:
             self.loops.pop(asyncio.get_running_loop(), None)
 
-    async def publish(self, group: str, event: Event) -> None:
-        """Send an event to the group's sockets, whichever loop they are on."""
+    async def publish(self, group: str, message: _GroupMessage) -> bool | None:
+        """Send a message to the group's sockets, whichever loop they are on.
+
+        Return whether there were any, or None if that is not known.
+        """
+        heard = group in self.members
         for loop, groups in list(self.loops.items()):
             if loop.is_closed():
                 self.loops.pop(loop, None)
             elif loop.is_running() and loop is not asyncio.get_running_loop():
-                asyncio.run_coroutine_threadsafe(groups.deliver(group, event), loop)
-        await self.deliver(group, event)
+                heard = heard or group in groups.members
+                asyncio.run_coroutine_threadsafe(groups.deliver(group, message), loop)
+        await self.deliver(group, message)
         # A view that broadcasts without a pause must not block the event loop.
         await asyncio.sleep(0)
+        return heard
 
-    async def deliver(self, group: str, event: Event) -> None:
-        """Hand an event to the group's sockets on this loop; wait for none of them."""
+    async def deliver(self, group: str, message: _GroupMessage) -> None:
+        """Hand a message to the group's sockets on this loop; wait for none of them."""
         members = self.members.get(group, {})
+        if message.spread:
+            # It outlives who asked for it, so it must not run in that context.
+            context = contextvars.Context()
+            closing = self.close_slowly(group, message)
+            task = asyncio.create_task(closing, context=context)
+            self.closing.add(task)
+            return task.add_done_callback(self.closing.discard)
         # Those who are members now, except for those who leave before their turn.
         waiting = filter(members.__contains__, tuple(members))
         try:
             for number, socket in enumerate(waiting, 1):
-                socket._deliver(event, self.limit)
+                self.hand_over(group, socket, message)
                 if not number % 250:
                     await asyncio.sleep(0)  # a large group must not block other sockets
         finally:
             for socket in waiting:  # the sender was cancelled
-                socket._deliver(event, self.limit)
+                self.hand_over(group, socket, message)
+
+    def hand_over(self, group: str, socket: WebSocket, message: _GroupMessage) -> None:
+        if self.members[group][socket] is None:
+            socket._deliver(message.event, self.limit)
+        else:
+            socket._membership.put(group, socket, message)
+
+    async def handle(
+        self, group: str, socket: WebSocket, message: _GroupMessage
+    ) -> None:
+        """Let the group's handler of a socket have a message."""
+        handler = self.members[group][socket]
+        if handler is None or message.event["type"] == "websocket.close":
+            socket._deliver(message.event, self.limit)
+        else:
+            await handler(message.value())
+
+    async def close_slowly(self, group: str, message: _GroupMessage) -> None:
+        """Close those who are members now, at times spread evenly."""
+        # No socket that ends by itself is kept until its time has come.
+        members = [weakref.ref(socket) for socket in self.members.get(group, {})]
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        for number, reference in enumerate(members):
+            # At random within its share, for other servers have members, too.
+            share = (number + random.random()) / len(members)
+            await asyncio.sleep(start + share * message.spread - loop.time())
+            socket = reference()
+            if socket is not None and socket in self.members.get(group, {}):
+                self.hand_over(group, socket, message)
+            del socket
 
 
 _at_fork(after_in_child=_Groups.loops.clear)  # a child has none of its parent's loops
 
 
-class _RedisGroups(_Groups):
-    """Groups that span all processes on one Redis, by publish/subscribe."""
+class _SharedGroups(_Groups):
+    """Groups that span all processes, by a service that carries their messages.
 
-    # Seconds of silence after which Redis is asked whether it is still there, and the
-    # bounds between which the pause before a new connection doubles.
+    A process listens while it has sockets in groups, on one connection.
+    """
+
+    service: str  # its name
+    # Seconds of silence after which the service is asked whether it is still there, and
+    # the bounds between which the pause before a new connection doubles.
     SILENCE = 15.0
     PAUSES = (0.1, 10.0)
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        from redis.asyncio import BlockingConnectionPool, Redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
+    # What each service adds.
+    connect: Any  # returns an async context manager: a connection that listens
+    read: Any  # delivers what the connection receives
+    change: Any  # subscribes to some groups, unsubscribes from others, confirms joins
+    pack: Any  # returns a group's message as the service takes it
+    publish_in_thread: Any  # publishes that, in synchronous code
+    publish_on_loop: Any  # the same, on a connection that stop_publishing() closes
+    stop_publishing: Any
 
+    def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
-        self.prefix = options["PREFIX"]
-        url = options["REDIS_URL"]
-        # The listener must know when the connection breaks.
-        self.subscriber: Any = Redis.from_url(url, retry=Retry(NoBackoff(), 0))
-        # Publishing is tried twice: Redis may have closed an idle connection. Many
-        # broadcasts at once wait for a free connection.
-        retry = Retry(NoBackoff(), 1)
-        pool: Any = BlockingConnectionPool
-        pool = pool.from_url(url, max_connections=10, retry=retry)
-        pool.make_connection()  # reports mistakes in the URL
-        self.client: Any = Redis.from_pool(pool)
-        for one in (pool, self.subscriber.connection_pool):
-            one.connection_kwargs["decode_responses"] = False  # messages may be bytes
+        self.prefix: str = options["PREFIX"]
         self.listener: asyncio.Task[None] | None = None
-        self.pause = 0.0  # while Redis is away
-        # The groups to subscribe to or to unsubscribe from, and who joins them.
+        self.pause = 0.0  # while the service is away
+        # The groups that have got their first socket or lost their last one, and who
+        # joins them.
         self.changed: set[str] = set()
         self.joining: list[asyncio.Future[None]] = []
-        # One list for each channel in a pending SUBSCRIBE. All who joined by it are in
-        # the list of its last channel.
-        self.unconfirmed: deque[list[asyncio.Future[None]]] = deque()
         self.wake = asyncio.Event()
 
-    def channel(self, group: str) -> bytes:
-        return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
-
-    async def join(self, group: str, socket: WebSocket) -> None:
-        await super().join(group, socket)
+    async def join(self, group: str, socket: WebSocket, handler: Any) -> None:
+        await super().join(group, socket, handler)
         loop = asyncio.get_running_loop()
         confirmed = loop.create_future()
         self.joining.append(confirmed)
@@ -1711,52 +1889,138 @@ class _RedisGroups(_Groups):
             self.wake.set()
 
     async def listen(self) -> None:
-        """Listen to Redis while there are members; reconnect whenever that fails."""
+        """Listen while there are members; connect again whenever that fails."""
         while self.members:
             try:
-                # Start over with all groups and with everyone who still waits.
-                joining = sum(self.unconfirmed, []) + self.joining
-                self.joining = [one for one in joining if not one.done()]
-                self.unconfirmed.clear()
+                self.joining = [one for one in self.start_over() if not one.done()]
                 self.changed = set(self.members)
-                async with self.subscriber.pubsub() as pubsub:
-                    await pubsub.connect()
-                    async with asyncio.TaskGroup() as tasks:
-                        reader = tasks.create_task(self.read(pubsub))
-                        await self.subscribe(pubsub)
-                        reader.cancel()
+                async with self.connect() as connection, asyncio.TaskGroup() as tasks:
+                    reader = tasks.create_task(self.read(connection))
+                    await self.follow(connection)
+                    reader.cancel()
             except* Exception as group:  # whatever it is, sockets wait for their groups
                 if not self.pause:
                     error = group.exceptions[0]
-                    _logger.warning("Redis is away, groups get no messages: %s", error)
+                    text = "%s is away, groups get no messages: %s"
+                    _logger.warning(text, self.service, error)
                 self.pause = min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
                 await asyncio.sleep(self.pause * random.uniform(0.5, 1))
         self.listener = None
-        self.confirm(sum(self.unconfirmed, []) + self.joining)  # all have left again
-        await self.client.connection_pool.disconnect(inuse_connections=False)
+        self.complete(self.start_over())  # all have left again
+        await self.stop_publishing()
 
-    async def subscribe(self, pubsub: Any) -> None:
-        """Subscribe to the groups that have sockets here, and to no others."""
+    def start_over(self) -> list[asyncio.Future[None]]:
+        """Return everyone who waits for a confirmation."""
+        return self.joining
+
+    async def follow(self, connection: Any) -> None:
+        """Tell the service which groups have sockets here."""
         while self.members:
             changed, self.changed = self.changed, set()
             joining, self.joining = self.joining, []
             old = changed - self.members.keys()
-            if new := changed - old:
-                self.unconfirmed += [[] for _ in new]
-                self.unconfirmed[-1].extend(joining)
-                await pubsub.subscribe(*map(self.channel, new))
-            else:
-                self.confirm(joining)  # they have left again
-            if old:
-                await pubsub.unsubscribe(*map(self.channel, old))
+            await self.change(connection, changed - old, old, joining)
             await self.wake.wait()
             self.wake.clear()
 
     def confirm(self, joining: list[asyncio.Future[None]]) -> None:
+        """Complete these joins: the service has answered."""
+        if self.pause:
+            _logger.warning("%s is back: groups work again", self.service)
+            self.pause = 0.0
+        self.complete(joining)
+
+    def complete(self, joining: list[asyncio.Future[None]]) -> None:
         """Complete these joins, except for those that were cancelled."""
         for future in joining:
             if not future.done():
                 future.set_result(None)
+
+    async def publish(self, group: str, message: _GroupMessage) -> bool | None:
+        """Publish a message; the listeners of all processes deliver it.
+
+        Synchronous code that waits for this does it on its own thread: in its database
+        transaction, and on a connection that outlives `async_to_sync()`.
+        """
+        packed = self.pack(group, message)
+        waits = getattr(AsyncToSync.executors, "current", None) is not None
+        publish = self.publish_on_loop
+        if waits or self.listener is None:
+            publish = sync_to_async(self.publish_in_thread)
+        heard: bool | None = await publish(group, packed)
+        return heard
+
+
+def _redis_client(module: Any, url: str, retries: int, **options: Any) -> Any:
+    """Return a client of one of redis-py's modules, `redis` or `redis.asyncio`."""
+    from redis import backoff, exceptions
+
+    # A connection may be stale, so another try makes sense, but not after a timeout.
+    errors = (exceptions.ConnectionError,)
+    retry = module.retry.Retry(backoff.NoBackoff(), retries, errors)
+    options.update(retry=retry, socket_timeout=1.5, socket_connect_timeout=1.5)
+    pool = module.BlockingConnectionPool.from_url(url, max_connections=10, **options)
+    pool.connection_kwargs["decode_responses"] = False  # messages may be bytes
+    pool.make_connection()  # reports mistakes in the URL
+    return module.Redis.from_pool(pool)
+
+
+@functools.cache
+def _redis_publisher(url: str) -> Any:
+    """Return the client that all threads of this process, and its forks, publish by."""
+    import redis
+
+    return _redis_client(redis, url, 1, timeout=0.5)  # for one of the 10 connections
+
+
+class _RedisGroups(_SharedGroups):
+    """Groups by Redis's publish/subscribe."""
+
+    service = "Redis"
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.url: str = options["REDIS_URL"]
+        self.publisher = _redis_publisher(self.url)
+        self.client: Any = None  # publishes while there are members
+        # One list for each channel in a pending SUBSCRIBE. All who joined by it are in
+        # the list of its last channel.
+        self.unconfirmed: deque[list[asyncio.Future[None]]] = deque()
+
+    def channel(self, group: str) -> bytes:
+        return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
+
+    def start_over(self) -> list[asyncio.Future[None]]:
+        waiting = sum(self.unconfirmed, []) + self.joining
+        self.unconfirmed.clear()
+        return waiting
+
+    @asynccontextmanager
+    async def connect(self) -> abc.AsyncIterator[Any]:
+        from redis import asyncio as module
+
+        # The listener must know when the connection breaks.
+        async with _redis_client(module, self.url, 0) as client:
+            async with client.pubsub() as pubsub:
+                await pubsub.connect()
+                yield pubsub
+
+    async def change(
+        self,
+        pubsub: Any,
+        new: set[str],
+        old: set[str],
+        joining: list[asyncio.Future[None]],
+    ) -> None:
+        """Subscribe to the groups that have sockets here, and to no others."""
+        if new:
+            self.unconfirmed += [[] for _ in new]
+            self.unconfirmed[-1].extend(joining)
+            await pubsub.subscribe(*map(self.channel, new))
+        else:
+            self.confirm(joining)  # they have left again
+        if old:
+            await pubsub.unsubscribe(*map(self.channel, old))
 
     async def read(self, pubsub: Any) -> None:
         """Handle what Redis sends; after a silence, ask whether it is still there."""
@@ -1764,55 +2028,232 @@ class _RedisGroups(_Groups):
         while True:
             message = await pubsub.get_message(timeout=self.SILENCE)
             if message is not None:
-                await self.handle(message)
+                await self.receive(message)
             elif asked:
                 raise ConnectionError("Redis does not answer")
             else:
                 await pubsub.ping()
             asked = message is None
 
-    async def handle(self, message: dict[str, Any]) -> None:
+    async def receive(self, message: dict[str, Any]) -> None:
         if message["type"] == "subscribe":
-            if self.pause:
-                _logger.warning("Redis is back: groups work again")
-                self.pause = 0.0
             self.confirm(self.unconfirmed.popleft())
         elif message["type"] == "message":
             channel = message["channel"].decode("utf-8", "surrogatepass")
-            kind, data = message["data"][:1], message["data"][1:]
-            event: Event = {"type": SendEvent.SEND, "bytes": data}
+            kind, body = message["data"][:1], message["data"][1:]
             try:
-                if kind == b"t":
-                    event = {"type": SendEvent.SEND, "text": data.decode()}
-                elif kind == b"c":
-                    number, _, reason = data.decode().partition(" ")
-                    event = _close_event(int(number), reason)
-            except ValueError:
+                unpacked = _unpack(
+                    kind.decode(), body if kind == b"b" else body.decode()
+                )
+            except (ValueError, TypeError):
                 return _logger.warning("Not a message of django_ws: %r", message)
-            await self.deliver(channel.removeprefix(f"{self.prefix}:"), event)
+            await self.deliver(channel.removeprefix(f"{self.prefix}:"), unpacked)
 
-    async def publish(self, group: str, event: Event) -> None:
-        """Publish an event on Redis; the listeners of all processes deliver it."""
+    def pack(self, group: str, message: _GroupMessage) -> bytes:
+        kind, body = _pack(message)
+        return kind.encode() + (body if isinstance(body, bytes) else body.encode())
+
+    def publish_in_thread(self, group: str, packed: bytes) -> bool:
+        with self.connection_errors():
+            return bool(self.publisher.publish(self.channel(group), packed))
+
+    async def publish_on_loop(self, group: str, packed: bytes) -> bool:
+        from redis import asyncio as module
+
+        with self.connection_errors():
+            self.client = self.client or _redis_client(module, self.url, 1)
+            return bool(await self.client.publish(self.channel(group), packed))
+
+    async def stop_publishing(self) -> None:
+        if self.client is not None:
+            await self.client.connection_pool.disconnect(inuse_connections=False)
+
+    @contextmanager
+    def connection_errors(self) -> abc.Iterator[None]:
         from redis import exceptions
 
-        if event["type"] == SendEvent.CLOSE:
-            data = b"c" + f"{event['code']} {event['reason']}".encode()
-        elif "text" in event:
-            data = b"t" + event["text"].encode()
-        else:
-            data = b"b" + event["bytes"]
         try:
-            await self.client.publish(self.channel(group), data)
+            yield
         except exceptions.TimeoutError as error:
             raise exceptions.ConnectionError("Redis does not answer") from error
+
+
+class _PostgresGroups(_SharedGroups):
+    """Groups by PostgreSQL's LISTEN and NOTIFY, on one channel for all groups."""
+
+    service = "PostgreSQL"
+    LIMIT = 7999  # bytes of a payload (PostgreSQL, "NOTIFY")
+    # Equal payloads in one transaction would arrive once.
+    numbers = itertools.count()
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.alias: str = options["DATABASE"]
+        self.listen_alias: str = options["LISTEN"] or self.alias
+        _check_postgres("DATABASE", self.alias)
+        _check_postgres("LISTEN", self.listen_alias)
+        if not 0 < len(self.prefix.encode()) < 64:
+            wrong = "must be 1 to 63 bytes long, with PostgreSQL"
+            raise ImproperlyConfigured(f"WEBSOCKETS['PREFIX'] {wrong}")
+        self.connection: Any = None  # publishes while there are members
+        self.lock = asyncio.Lock()  # guards that
+
+    async def open(self, alias: str) -> Any:
+        """Return a connection of psycopg's, as Django would make it."""
+        from psycopg import AsyncConnection
+
+        options = connections[alias].get_connection_params()
+        del options["cursor_factory"], options["context"]  # for synchronous code
+        return await AsyncConnection.connect(**options, autocommit=True)
+
+    @asynccontextmanager
+    async def connect(self) -> abc.AsyncIterator[Any]:
+        from psycopg import sql
+
+        connection = await self.open(self.listen_alias)
+        try:
+            channel = sql.Identifier(self.prefix)
+            await connection.execute(sql.SQL("LISTEN {}").format(channel))
+            yield connection
         finally:
-            if self.listener is None:  # a process, or a loop, without sockets
-                await self.client.connection_pool.disconnect(inuse_connections=False)
+            await connection.close()
+
+    async def change(
+        self,
+        connection: Any,
+        new: set[str],
+        old: set[str],
+        joining: list[asyncio.Future[None]],
+    ) -> None:
+        self.confirm(joining)  # the connection listens for all groups
+
+    async def read(self, connection: Any) -> None:
+        """Handle what PostgreSQL sends; now and then, ask whether it is still there."""
+        while True:
+            async for notification in connection.notifies(timeout=self.SILENCE):
+                await self.receive(notification.payload)
+            async with asyncio.timeout(self.SILENCE):
+                await connection.execute("SELECT 1")
+
+    async def receive(self, payload: str) -> None:
+        try:
+            (_, group, kind), end = json.JSONDecoder().raw_decode(payload)
+            body: Any = payload[end:]
+            if kind in "tb":
+                body = _decode_json(body)
+            unpacked = _unpack(kind, base64.b64decode(body) if kind == "b" else body)
+        except (ValueError, TypeError):
+            return _logger.warning("Not a message of django_ws: %r", payload)
+        await self.deliver(group, unpacked)
+
+    def pack(self, group: str, message: _GroupMessage) -> str:
+        kind, body = _pack(message)
+        if isinstance(body, bytes):
+            body = base64.b64encode(body).decode()
+        if kind in "tb":  # PostgreSQL's text cannot contain NUL, unlike JSON's
+            body = _encode_json(body)
+        header = _encode_json([next(self.numbers), group, kind])
+        packed = _escape_surrogates(header + body)
+        if (size := len(packed.encode())) > self.LIMIT:
+            raise ValueError(
+                f"the message takes {size} bytes, and PostgreSQL carries {self.LIMIT}: "
+                "save it and broadcast its id, or use WEBSOCKETS['REDIS_URL']"
+            )
+        return packed
+
+    def publish_in_thread(self, group: str, packed: str) -> bool | None:
+        """Publish on Django's own connection, and so in its transaction."""
+        connection: Any = connections[self.alias]
+        blocks = connection.atomic_blocks
+        if blocks and all(block._from_testcase for block in blocks):
+            # This transaction will not be committed.
+            connection = connection.copy()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_notify(%s, %s)", [self.prefix, packed])
+        finally:
+            if connection is not connections[self.alias]:
+                connection.close()
+        return self.is_heard_here(group) or None
+
+    async def publish_on_loop(self, group: str, packed: str) -> bool | None:
+        heard = self.is_heard_here(group) or None
+        with connections[self.alias].wrap_database_errors:
+            async with self.lock:
+                await self.notify(packed)
+        return heard
+
+    def is_heard_here(self, group: str) -> bool:
+        return any(group in groups.members for groups in list(self.loops.values()))
+
+    async def notify(self, packed: str) -> None:
+        from psycopg import OperationalError
+
+        kept = self.connection is not None
+        try:
+            self.connection = self.connection or await self.open(self.alias)
+            command = "SELECT pg_notify(%s, %s)"
+            await self.connection.execute(command, [self.prefix, packed])
+        except OperationalError:
+            await self.stop_publishing()
+            if not kept:
+                raise
+            await self.notify(packed)  # PostgreSQL had closed the connection
+
+    async def stop_publishing(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            await connection.close()
+
+
+def _pack(message: _GroupMessage) -> tuple[str, str | bytes]:
+    """Return a letter for the kind of a message, and what there is to say of it."""
+    event = message.event
+    if event["type"] == SendEvent.CLOSE:
+        return "c", _encode_json([event["code"], event["reason"], message.spread])
+    if "bytes" in event:
+        return "b", event["bytes"]
+    return "j" if message.is_json else "t", event["text"]
+
+
+def _unpack(kind: str, body: Any) -> _GroupMessage:
+    """Return what `_pack()` was given; raise ValueError or TypeError for other data."""
+    if kind == "c":
+        code, reason, spread = _decode_json(body)
+        return _GroupMessage(_close_event(code, reason), spread=spread)
+    if kind not in ("b", "j", "t"):
+        raise ValueError(kind)
+    event = {"type": SendEvent.SEND, "bytes" if kind == "b" else "text": body}
+    return _GroupMessage(event, is_json=kind == "j")
+
+
+def _check_postgres(option: str, alias: str) -> None:
+    wrong = f"WEBSOCKETS[{option!r}]"
+    if alias not in connections.settings:
+        raise ImproperlyConfigured(f"{wrong}: DATABASES has no {alias!r}")
+    backend: Any = load_backend(connections.settings[alias]["ENGINE"])
+    vendor = backend.DatabaseWrapper.vendor
+    if vendor != "postgresql":
+        other = f"{wrong}: groups need PostgreSQL or Redis, and {alias!r} is {vendor}"
+        raise ImproperlyConfigured(f"{other}: change it, or set REDIS_URL instead")
+    try:
+        from psycopg import AsyncConnection
+
+        inspect.signature(AsyncConnection.notifies).parameters["timeout"]
+    except (ImportError, KeyError) as error:
+        needed = "needs psycopg 3.2 or later: pip install 'psycopg[binary]>=3.2'"
+        raise ImproperlyConfigured(f"{wrong} {needed}") from error
 
 
 def _new_groups() -> _Groups:
     """Return what `settings.WEBSOCKETS` asks for, or raise for a mistake in it."""
-    options: dict[str, Any] = {"REDIS_URL": "", "PREFIX": "django_ws", "OUTBOX": 2**20}
+    options: dict[str, Any] = {
+        "REDIS_URL": "",
+        "DATABASE": "",
+        "LISTEN": "",
+        "PREFIX": "django_ws",
+        "OUTBOX": 2**20,
+    }
     given = getattr(conf.settings, "WEBSOCKETS", {})
     if not isinstance(given, dict):
         raise ImproperlyConfigured("WEBSOCKETS must be a dict")
@@ -1828,8 +2269,16 @@ def _new_groups() -> _Groups:
         raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be at least 1 (byte)")
     if ":" in options["PREFIX"]:  # or "a" + "b:c" would be "a:b" + "c"
         raise ImproperlyConfigured("WEBSOCKETS['PREFIX'] must not contain a colon")
-    if not options["REDIS_URL"]:
-        return _Groups(options)
+    if options["DATABASE"] and options["REDIS_URL"]:
+        raise ImproperlyConfigured("WEBSOCKETS takes DATABASE or REDIS_URL, not both")
+    if options["LISTEN"] and not options["DATABASE"]:
+        raise ImproperlyConfigured("WEBSOCKETS['LISTEN'] needs WEBSOCKETS['DATABASE']")
+    if options["DATABASE"]:
+        return _PostgresGroups(options)
+    return _new_redis_groups(options) if options["REDIS_URL"] else _Groups(options)
+
+
+def _new_redis_groups(options: dict[str, Any]) -> _Groups:
     try:
         return _RedisGroups(options)
     except ImportError as error:
@@ -1846,7 +2295,7 @@ def _groups(group: str) -> _Groups:
     return _Groups.loops.get(asyncio.get_running_loop()) or _new_groups()
 
 
-async def broadcast(group: str, message: Any) -> None:
+async def broadcast(group: str, message: Any) -> bool | None:
     """Send a message to every socket in a group (str), on every server.
 
     str is sent as text, bytes-like as binary, anything else as JSON, as `send_json`
@@ -1854,34 +2303,55 @@ async def broadcast(group: str, message: Any) -> None:
     It waits for no client. One that reads so slowly that more than
     WEBSOCKETS["OUTBOX"] bytes wait for it (1 MiB) is closed with 1013.
 
+    Returns True where a socket was there to hear it, else False. PostgreSQL does not
+    tell: with it, the answer is True for a socket in this process, else None.
+
+    With PostgreSQL, synchronous code in a transaction sends when that is committed.
+
     Cancelling it is safe: the message was sent to all members or to none.
 
     Raises `TypeError` and `ValueError` for data that JSON cannot represent; with Redis
-    also redis-py's `ConnectionError`, and then the message is lost.
+    also redis-py's `ConnectionError`, and then the message is lost; with PostgreSQL
+    Django's `DatabaseError`, and `ValueError` for more than 8,000 bytes.
     """
+    is_json = False
     if isinstance(message, str):
         body: dict[str, Any] = {"text": _escape_surrogates(message)}
     else:
         try:
             body = {"bytes": bytes(memoryview(message))}
         except TypeError:  # not bytes-like
+            is_json = True
             body = {"text": _escape_surrogates(_encode_json(message))}
-    await _groups(group).publish(group, {"type": SendEvent.SEND, **body})
+    event = {"type": SendEvent.SEND, **body}
+    return await _groups(group).publish(group, _GroupMessage(event, is_json))
 
 
 async def close_group(
-    group: str, code: int = CloseCode.NORMAL_CLOSURE, reason: str = ""
+    group: str,
+    code: int = CloseCode.NORMAL_CLOSURE,
+    reason: str = "",
+    *,
+    spread: float = 0,
 ) -> None:
     """Close every socket in a group (str) with a code (int) and a reason (str).
 
     Earlier broadcasts to the group arrive first. The views end as when their clients
     leave. Use it when a session ends, a user loses a permission, or a room closes.
 
+    With `spread`, the sockets are closed at times spread evenly over that many seconds
+    (float), on every server, so that their clients do not come back all at once. This
+    returns before that.
+
     Cancelling it is safe: it closes all members or none.
 
-    Raises `ValueError` as `WebSocket.close` does, and redis-py's `ConnectionError`.
+    Raises `ValueError` as `WebSocket.close` does and for a `spread` below 0, and what
+    `broadcast` raises.
     """
-    await _groups(group).publish(group, _close_event(code, reason))
+    if not 0 <= spread < math.inf:
+        raise ValueError(f"spread must be a number of seconds, not {spread!r}")
+    message = _GroupMessage(_close_event(code, reason), spread=spread)
+    await _groups(group).publish(group, message)
 
 
 # Testing
