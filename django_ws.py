@@ -2128,12 +2128,28 @@ class _PostgresGroups(_SharedGroups):
         self.confirm(joining)  # the connection listens for all groups
 
     async def read(self, connection: Any) -> None:
-        """Handle what PostgreSQL sends; now and then, ask whether it is still there."""
+        """Handle what PostgreSQL sends; after a silence, ask whether it still does."""
+        notifications = connection.notifies()
         while True:
-            async for notification in connection.notifies(timeout=self.SILENCE):
+            try:
+                async with asyncio.timeout(self.SILENCE):
+                    notification = await anext(notifications)
+            except TimeoutError:
+                await self.check(connection)
+                notifications = connection.notifies()
+            else:
                 await self.receive(notification.payload)
+
+    async def check(self, connection: Any) -> None:
+        command = "SELECT %s IN (SELECT pg_listening_channels())"
+        try:
             async with asyncio.timeout(self.SILENCE):
-                await connection.execute("SELECT 1")
+                cursor = await connection.execute(command, [self.prefix])
+                [listens] = await cursor.fetchone()
+        except TimeoutError as error:
+            raise ConnectionError("PostgreSQL does not answer") from error
+        if not listens:  # behind a pooler that changed the connection
+            raise ConnectionError("LISTEN needs a pooler in session mode, or none")
 
     async def receive(self, payload: str) -> None:
         try:
@@ -2237,12 +2253,13 @@ def _check_postgres(option: str, alias: str) -> None:
         other = f"{wrong}: groups need PostgreSQL or Redis, and {alias!r} is {vendor}"
         raise ImproperlyConfigured(f"{other}: change it, or set REDIS_URL instead")
     try:
-        from psycopg import AsyncConnection
-
-        inspect.signature(AsyncConnection.notifies).parameters["timeout"]
-    except (ImportError, KeyError) as error:
-        needed = "needs psycopg 3.2 or later: pip install 'psycopg[binary]>=3.2'"
-        raise ImproperlyConfigured(f"{wrong} {needed}") from error
+        from psycopg import __version__ as version
+    except ImportError:
+        version = "0"
+    # Older ones lose notifications (psycopg/psycopg#962).
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) < (3, 2, 4):
+        needed = "needs psycopg 3.2.4 or later: pip install 'psycopg[binary]>=3.2.4'"
+        raise ImproperlyConfigured(f"{wrong} {needed}")
 
 
 def _new_groups() -> _Groups:

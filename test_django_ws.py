@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -39,6 +40,7 @@ import tracemalloc
 import uuid
 import weakref
 from collections.abc import AsyncIterator
+from concurrent import futures
 from typing import Any
 from urllib.parse import quote
 
@@ -88,6 +90,7 @@ from django.test import (
 )
 from django.test.utils import CaptureQueriesContext
 from django.urls import include, path, reverse
+from django.utils import translation
 from django.utils.functional import lazy
 from django.utils.translation import gettext_lazy
 from django.views import View
@@ -2526,7 +2529,7 @@ class TestPostgres:
             while not done.is_set():
                 most.append(postgres.connections)
 
-        with postgres.serve(tmp_path, CONN_MAX_AGE=age) as server:
+        with postgres.serve_views(tmp_path, CONN_MAX_AGE=age) as server:
             clients = server.dial_all(150, "/query/")
             watcher = threading.Thread(target=watch)
             watcher.start()
@@ -2549,7 +2552,7 @@ class TestPostgres:
                 wait_for(lambda: postgres.connections == 0)
 
     def test_they_go_back_to_the_pool(self, postgres: Any, tmp_path: Path) -> None:
-        with postgres.serve(tmp_path, **SMALL_POOL) as server:
+        with postgres.serve_views(tmp_path, **SMALL_POOL) as server:
             for place in ("/refuse/", "/leave/"):
                 for raw in [server.open_raw(place, wait=False) for _ in range(12)]:
                     assert raw.recv(1000).startswith(b"HTTP/1.1 403")
@@ -2562,7 +2565,7 @@ class TestPostgres:
         self, postgres: Postgres, notes: None, tmp_path: Path, age: int
     ) -> None:
         insert = "INSERT INTO notes VALUES ('kept')"
-        with postgres.serve(tmp_path, CONN_MAX_AGE=age) as server:
+        with postgres.serve_views(tmp_path, CONN_MAX_AGE=age) as server:
             for client in server.dial_all(6, "/forbear/"):
                 assert client.recv(20) == "uncommitted"
             clients = server.dial_all(30, "/transact/")
@@ -2594,7 +2597,7 @@ class TestPostgres:
     def test_polling_views_are_well_again_soon_after_a_restart_of_the_database(
         self, postgres: Any, tmp_path: Path, options: Any, count: int
     ) -> None:
-        with postgres.serve(tmp_path, **options) as server:
+        with postgres.serve_views(tmp_path, **options) as server:
             clients = server.dial_all(count, "/always/", max_queue=None)
             for client in clients:
                 assert seen(client) == 1
@@ -2611,7 +2614,7 @@ class TestPostgres:
     def test_no_query_waits_for_a_slow_one(self, postgres: Any, tmp_path: Path) -> None:
         sleeping = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%pg_sleep(1%'"
         sleeping += " AND pid <> pg_backend_pid()"
-        with postgres.serve(tmp_path) as server:
+        with postgres.serve_views(tmp_path) as server:
             clients = server.dial_all(200, "/query/")
             server.dial("/query/").send("SELECT 1 FROM pg_sleep(10)")
             wait_for(lambda: postgres.ask(sleeping))
@@ -2624,7 +2627,7 @@ class TestPostgres:
         self, postgres: Any, tmp_path: Path, options: Any
     ) -> None:
         """While no socket waits for a thread. README tells about the other case."""
-        with postgres.serve(tmp_path, **options) as server:
+        with postgres.serve_views(tmp_path, **options) as server:
             clients = server.dial_all(SIZE, "/chunks/")
             assert [len(set(names)) for names in ask_all(clients, "go")] == [200] * SIZE
 
@@ -2710,12 +2713,13 @@ class TestGroups:
                 await socket.leave(name)
                 await socket.leave("elsewhere")
                 await broadcast(name, "never")
-            await broadcast("other", "still here")
-            await until(lambda: drive.messages)
+                await broadcast("other", "still here")
+                await until(lambda: drive.messages)
+                assert drive.messages == ["still here"]
+                drive.sent.pop()
 
         async with driven(view, **layer) as drive:
             await drive.end()
-        assert drive.messages == ["still here"]
 
     @pytest.mark.parametrize("count", [20, 300])
     @asynchronous
@@ -2910,6 +2914,298 @@ class TestGroups:
                 assert client.recv(20) == "bye"
                 assert closed_with(client) == (4001, "logged out")
         assert quiet(caplog)
+
+
+class TestHandlers:
+    @asynchronous
+    async def test_it_gets_what_was_broadcast(self, layer: Any) -> None:
+        """One after another, in order; JSON is its own to change."""
+        sent: list[Any] = ["é\0", b"\x00\xff", "", '{"a":1}', {"a": [1]}, None, 5, [""]]
+        heard: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            handling: list[Any] = []
+
+            async def handler(message: Any) -> None:
+                assert not handling
+                handling.append(message)
+                await asyncio.sleep(0)
+                heard.append(copy.deepcopy(handling.pop()))
+                if isinstance(message, dict):
+                    message["a"].append(2)
+                await socket.send_text("handled")
+
+            await socket.accept()
+            await socket.join("room", handler)
+            await socket.join("room 2", functools.partial(handler))
+            await socket.send_text("joined")
+            await socket.receive_text()
+
+        async with driven(view, count=2, **layer) as drives:
+            await joined(drives)
+            for message in sent:
+                heard_by = await broadcast("room", message)
+                assert heard_by is True
+            await until(lambda: len(heard) == 2 * len(sent))
+            assert sorted(map(repr, heard)) == sorted(map(repr, sent * 2))
+            await broadcast("room 2", "the last")
+            for drive in drives:
+                await until(lambda: drive.messages == ["handled"] * (1 + len(sent)))
+            assert heard[-2:] == ["the last"] * 2
+
+    @asynchronous
+    async def test_everything_in_its_order(self, layer: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            async def handler(message: Any) -> None:
+                await asyncio.sleep(0.001 * (message % 3))
+                await socket.send_json(message)
+
+            await socket.accept()
+            await socket.join("room", handler)
+            await socket.send_text("joined")
+            await socket.receive_text()
+
+        async with driven(view, count=1, **layer) as [drive]:
+            await joined([drive])
+            for number in range(50):
+                await broadcast("room", number)
+            await close_group("room", 4001, "the end")
+            await drive.end()
+        assert drive.messages == [str(number) for number in range(50)]
+        assert (drive.code, drive.sent[-1]["reason"]) == (4001, "the end")
+
+    @pytest.mark.parametrize(
+        "error, code, logged",
+        [
+            (KeyError("a bug"), 1011, "KeyError"),
+            (WebSocketDisconnect(4001, "why"), 4001, ""),
+            (InvalidMessage(1003, "not this"), 1003, ""),
+            (PermissionDenied(), 1008, "PermissionDenied"),
+            (asyncio.CancelledError(), 1011, "RuntimeError"),
+        ],
+    )
+    @pytest.mark.parametrize("view_fails", [False, True])
+    @asynchronous
+    async def test_what_it_raises_ends_the_view(
+        self, error: Any, code: int, logged: str, view_fails: bool, caplog: Log
+    ) -> None:
+        ended: list[Any] = []
+
+        async def view(socket: WebSocket) -> None:
+            async def handler(message: Any) -> None:
+                ended.append(message)
+                raise error
+
+            await socket.accept()
+            await socket.join("room", handler)
+            await socket.send_text("joined")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                assert socket.connected  # it can say good-bye
+                await broadcast("room", "it is called no more")
+                await asyncio.sleep(0.01)
+                if view_fails:
+                    raise ValueError("in the view's cleanup")
+
+        async with driven(view, count=1) as [drive]:
+            await joined([drive])
+            await broadcast("room", "x")
+            await drive.end()
+        assert ended == ["x"]
+        kinds = [type(r.exc_info[1]) for r in caplog.records if r.exc_info]
+        if not view_fails:
+            assert drive.code == code
+            assert [kind.__name__ for kind in kinds] == [logged] * bool(logged)
+        else:  # an end is no failure
+            ends = isinstance(error, WebSocketDisconnect)
+            expected = ValueError if ends else ExceptionGroup
+            assert (drive.code, kinds) == (1011, [expected])
+
+    @asynchronous
+    async def test_leaving_and_joining_change_it(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            async def first(message: Any) -> None:
+                heard.append(("first", message))
+                if message == 0:
+                    await socket.leave("room")
+                await go_on.wait()
+
+            async def second(message: Any) -> None:
+                heard.append(("second", message))
+
+            await socket.accept()
+            with pytest.raises(TypeError, match="'async def' for print"):
+                await socket.join("room", print)
+            await socket.join("room", first)
+            for number in range(3):
+                await broadcast("room", number)  # two wait, for a group that it left
+            go_on.set()
+            await turns()
+            await socket.join("room", first)
+            await socket.join("room", second)
+            await broadcast("room", 3)
+            await turns()
+            go_on.clear()
+            await socket.join("other", first)
+            await broadcast("other", 4)
+            await broadcast("room", 5)  # it waits, and the handler goes
+            await socket.join("room")
+            go_on.set()
+            await broadcast("room", 6)
+            await turns()
+
+        heard: list[Any] = []
+        go_on = asyncio.Event()
+        async with driven(view) as drive:
+            await drive.end()
+        assert heard == [("first", 0), ("second", 3), ("first", 4)]
+        assert sorted(drive.messages) == ["5", "6"]
+
+    @asynchronous(hasty=True)
+    async def test_one_that_is_too_slow_is_closed_with_1013(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            async def handler(message: Any) -> None:
+                await socket.send_json(len(message))
+
+            await socket.accept()
+            await socket.join("room", handler)
+            await socket.send_text("joined")
+            await socket.receive_text()
+
+        options = {"WEBSOCKETS": {"OUTBOX": 10_000}}
+        async with driven(view, count=2, **options) as [slow, other]:
+            await joined([slow, other])
+            await broadcast("room", "x" * 50_000)  # nothing waited before it
+            await deliver([slow, other], ["50000"])
+            slow.reads.clear()
+            for number in range(12):
+                await broadcast("room", "x" * 1000)
+                await until(lambda: len(other.messages) == 2 + number)
+            slow.reads.set()
+            await slow.end()
+            assert (slow.code, slow.messages) == (1013, ["50000"])
+            assert other.types[-1] == "send"
+
+    @pytest.mark.parametrize("end", ["the view", "the client", "close_group"])
+    @asynchronous(hasty=True)
+    async def test_it_ends_with_its_socket(self, end: str, caplog: Log) -> None:
+        loop = asyncio.get_running_loop()
+
+        async def view(socket: WebSocket) -> None:
+            async def handler(message: Any) -> None:
+                handled.append(message)
+                try:
+                    await asyncio.sleep(3600)
+                finally:
+                    handled.append(loop.time() - start)
+                    if end == "the view":
+                        raise KeyError("in its cleanup")
+
+            await socket.accept()
+            await socket.join("room", handler)
+            await socket.send_text("joined")
+            if end == "the view":
+                await asyncio.sleep(3)
+            else:
+                await socket.receive_text()
+
+        handled: list[Any] = []
+        async with driven(view, count=1) as [drive]:
+            await joined([drive])
+            start = loop.time()
+            await broadcast("room", "a")
+            await broadcast("room", "it is dropped")
+            await turns()
+            if end == "the client":
+                drive.put(GONE)
+            elif end == "close_group":
+                await close_group("room", 4001)  # it has FLUSH seconds for the rest
+            await drive.end()
+        seconds = {"the view": 3, "the client": 0, "close_group": 5}[end]
+        assert handled[0] == "a" and seconds <= handled[1] <= seconds + 1
+        assert drive.code == {"the view": 1011, "close_group": 4001}.get(end)
+        assert ("KeyError" in caplog.text) == (end == "the view")
+
+    @asynchronous
+    async def test_it_is_the_views_in_everything_else(self) -> None:
+        """It has the view's context and thread, not those of who broadcasts."""
+
+        async def view(socket: WebSocket) -> None:
+            async def handler(message: Any) -> None:
+                seen.append(surroundings())
+                seen.append(await sync_to_async(threading.get_ident)())
+                await broadcast("other", "the socket's own context, entered again")
+
+            await socket.accept()
+            seen.append(surroundings())
+            seen.append(await sync_to_async(threading.get_ident)())
+            await socket.join("room", handler)
+            await socket.join("other")
+            with translation.override("fr"):
+                await broadcast("room", "x")
+            await until(lambda: drive.messages)
+
+        seen: list[Any] = []
+        own.urls = urlconf(websocket("ws/", view), __name__="own")
+        options: Any = {"MIDDLEWARE": middleware("around", "own_urls")}
+        async with driven(view, query_string=b"who=1", **options) as drive:
+            await drive.end()
+        assert seen[0] == seen[2] and seen[0][:3] == ["1", "1", "de"]
+        assert seen[1] == seen[3]
+
+    @asynchronous
+    async def test_handlers_that_never_wait_leave_others_their_turn(self) -> None:
+        async def view(socket: WebSocket) -> None:
+            async def handler(message: Any) -> None:
+                handled.append(len(handled))
+
+            await socket.accept()
+            await socket.join("room", handler)
+            await socket.send_text("joined")
+            await socket.receive_text()
+
+        handled: list[int] = []
+        async with driven(view, count=1) as drives:
+            await joined(drives)
+            await asyncio.gather(*(broadcast("room", "x") for _ in range(100)))
+            assert len(handled) < 50
+            await until(lambda: len(handled) == 100)
+
+
+class TestSpread:
+    @asynchronous(hasty=True)
+    async def test_members_are_closed_one_after_another(self, layer: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room", socket.send_text if next(odd) % 2 else None)
+            await socket.send_text("joined")
+            try:
+                await socket.receive_text()
+            finally:
+                times.append(loop.time() - start)
+
+        odd = itertools.count()
+        loop = asyncio.get_running_loop()
+        times: list[float] = []
+        async with driven(view, count=21, **layer) as drives:
+            await joined(drives)
+            for wrong in (-1, math.inf, math.nan):
+                with pytest.raises(ValueError, match="spread must be a number"):
+                    await close_group("room", spread=wrong)
+            start = loop.time()
+            await close_group("room", 4001, "deploy", spread=210)
+            assert len(times) < 10  # it does not wait for the end
+            drives[0].put(GONE)  # who leaves by himself is not kept until his time
+            await drives[0].end()
+            async with driven(member, count=1, **layer) as newcomers:
+                await joined(newcomers)
+                for drive in drives[1:]:
+                    await drive.end()
+                    assert (drive.code, drive.sent[-1]["reason"]) == (4001, "deploy")
+                assert "close" not in newcomers[0].types
+        times.remove(min(times))
+        assert all(time >= 10 * number for number, time in enumerate(times)), times
 
 
 class TestOutbox:
@@ -3161,27 +3457,31 @@ class TestOutbox:
     @asynchronous(hasty=True)
     async def test_sixty_that_do_not_read_delay_nobody(self, layer: Any) -> None:
         """Those that read are served before anybody has given up the others."""
+        layer = {"WEBSOCKETS": {**layer.get("WEBSOCKETS", {}), "OUTBOX": 100_000}}
         async with driven(member, count=65, **layer) as drives:
             await joined(drives)
             for drive in drives[:60]:
                 drive.reads.clear()
-            for number in range(40):
-                await broadcast("room", f"{number} " + "x" * 20_000)
+            for number in range(25):
+                await broadcast("room", f"{number} " + "x" * 5000)
                 await until(lambda: len(drives[-1].messages) > number)
-            assert not any(drive.task.done() for drive in drives[:60])
-            await broadcast("room", "x" * 2**20)
+                if number == 15:
+                    assert not any(drive.task.done() for drive in drives[:60])
             for drive in drives[:60]:
                 await drive.end()
                 assert drive.types == ["accept"]
             for drive in drives[60:]:
-                await until(lambda: len(drive.messages) == 41)
+                await until(lambda: len(drive.messages) == 25)
+
+
+NO_FILE = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
 
 
 class TestOptions:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ({"REDIS": "redis://"}, "use only REDIS_URL, PREFIX, OUTBOX"),
+            ({"REDIS": "redis://"}, "only REDIS_URL, DATABASE, LISTEN, PREFIX, OUTBOX"),
             ({"OUTBOX": "100"}, "WEBSOCKETS\\['OUTBOX'\\] must be int"),
             ({"OUTBOX": True}, "WEBSOCKETS\\['OUTBOX'\\] must be int"),
             ({"OUTBOX": 0}, "must be at least 1"),
@@ -3193,32 +3493,47 @@ class TestOptions:
             ({"REDIS_URL": "localhost:6379"}, "WEBSOCKETS\\['REDIS_URL'\\]: "),
             ({"REDIS_URL": "redis://localhost?foo=1"}, "\\['REDIS_URL'\\]: .*foo"),
             ({"REDIS_URL": "redis://here"}, "pip install redis"),
+            ({"REDIS_URL": "redis://here", "DATABASE": "default"}, "not both"),
+            ({"LISTEN": "default"}, "\\['LISTEN'\\] needs .*\\['DATABASE'\\]"),
+            ({"DATABASE": "none"}, "DATABASES has no 'none'"),
+            ({"DATABASE": "default"}, "'default' is sqlite: .* REDIS_URL"),
+            ({"DATABASE": "postgres", "LISTEN": "no"}, "'LISTEN'.*: DATABASES has no"),
+            ({"DATABASE": "postgres", "PREFIX": ""}, "must be 1 to 63 bytes long"),
+            ({"DATABASE": "postgres", "PREFIX": "é" * 32}, "must be 1 to 63 bytes"),
+            ({"DATABASE": "postgres"}, "pip install 'psycopg"),
+            ({"DATABASE": "postgres", "OUTBOX": 9}, "psycopg 3.2.4 or later"),
         ],
     )
     def test_what_is_wrong_is_said_at_the_start(
-        self, options: Any, message: str, monkeypatch: Patch
+        self, options: Any, message: str, monkeypatch: Patch, request: Any
     ) -> None:
         if "localhost" in str(options):
             needs("redis")
+        if "postgres" in str(options):
+            request.getfixturevalue("postgres")
         if "pip" in message:
-            monkeypatch.setitem(sys.modules, "redis.asyncio", None)
+            monkeypatch.setitem(sys.modules, "redis", None)
+        if "pip install 'psycopg" == message:
+            monkeypatch.setitem(sys.modules, "psycopg", None)
+        elif "psycopg" in message:  # an older one, which Django takes
+            monkeypatch.setattr("psycopg.__version__", "3.2.3")
         with override_settings(WEBSOCKETS=options):
             with pytest.raises(ImproperlyConfigured, match=message):
                 websockets(no_http)
 
 
-class TestRedis:
+class TestServices:
     @asynchronous
-    async def test_it_is_asked_for_no_more_than_needed(self, redis: Redis) -> None:
+    async def test_redis_is_asked_for_no_more_than_needed(self, redis: Redis) -> None:
         async with driven(member, **redis.options()) as drive:
             await until(lambda: drive.messages)
             assert redis.ask("pubsub", "channels").split() == ["tests:room"]
         await until(lambda: not redis.ask("pubsub", "channels").strip())
         connected = redis.ask("client", "list").count("\n")
         with override_settings(**redis.options()):  # a loop without sockets
-            await asyncio.to_thread(asyncio.run, broadcast("room", "x"))
-            await asyncio.to_thread(asyncio.run, close_group("room"))
-        assert redis.ask("client", "list").count("\n") <= connected
+            for _ in range(3):
+                await asyncio.to_thread(asyncio.run, broadcast("room", "x"))
+        assert redis.ask("client", "list").count("\n") <= connected + 1  # it is kept
 
     @asynchronous
     async def test_joins_that_are_given_up(self, redis: Redis) -> None:
@@ -3254,9 +3569,7 @@ class TestRedis:
             await deliver([drive], ["first", "second", "other"])
 
     @asynchronous(hasty=True)
-    async def test_it_goes_away_and_comes_back(self, redis: Redis, caplog: Log) -> None:
-        from redis.exceptions import ConnectionError as RedisConnectionError
-
+    async def test_it_goes_away_and_comes_back(self, service: Any, caplog: Log) -> None:
         async def joining_in_vain(socket: WebSocket) -> None:
             await socket.accept()
             await socket.join("room")
@@ -3268,79 +3581,79 @@ class TestRedis:
             await socket.send_text("joined in vain")
             await socket.receive_text()
 
+        name = service.name
         future = type(asyncio.get_running_loop().create_future())
-        redis.stop()
-        async with driven(joining_in_vain, count=3, **redis.options()) as drives:
-            await until(lambda: "Redis is away" in caplog.text)
+        service.stop()
+        async with driven(joining_in_vain, count=3, **service.options()) as drives:
+            await until(lambda: f"{name} is away" in caplog.text)
             tried: list[Any] = []
 
             async def hang_up(reader: Any, writer: Any) -> None:
                 tried.append(writer.close())
 
-            async with await asyncio.start_server(hang_up, "127.0.0.1", redis.port):
+            async with await asyncio.start_server(hang_up, "127.0.0.1", service.port):
                 await asyncio.sleep(20)  # it tries again and again, and says it once
-            assert 1 <= len(tried) < 30 and caplog.text.count("Redis is away") == 1
+            assert 1 <= len(tried) < 30 and caplog.text.count(f"{name} is away") == 1
             assert [drive.types for drive in drives] == [["accept"]] * 3
-            with pytest.raises(RedisConnectionError):
+            with pytest.raises(service.error):
                 await broadcast("room", "lost")
             for lost in (False, True):
-                await asyncio.to_thread(redis.start)
-                await until(lambda: caplog.text.count("Redis is back") == 1 + lost)
-                await until(lambda: "tests:room" in redis.ask("pubsub", "channels"))
+                await asyncio.to_thread(service.start)
+                await until(lambda: caplog.text.count(f"{name} is back") == 1 + lost)
+                if name == "Redis":
+                    await until(
+                        lambda: "tests:room" in service.ask("pubsub", "channels")
+                    )
                 await broadcast("room", f"here {lost}")
                 await until(lambda: f"here {lost}" in drives[0].messages)
                 if not lost:
-                    await asyncio.to_thread(redis.stop)
-                    await until(lambda: caplog.text.count("Redis is away") == 2)
+                    await asyncio.to_thread(service.stop)
+                    await until(lambda: caplog.text.count(f"{name} is away") == 2)
                     drives[0].put(text("join"))
                     await until(lambda: "joined in vain" in drives[0].messages)
                     await asyncio.sleep(20)  # who has given up is forgotten
                     kept = [one for one in gc.get_objects() if type(one) is future]
                     assert len(kept) < 50
-            channels = redis.ask("pubsub", "channels").splitlines()
-            assert len(channels) == 101  # it is a member all the same, and can leave
+            await broadcast("room 99", "it is a member all the same")
+            await until(lambda: "it is a member all the same" in drives[0].messages)
 
     @asynchronous(hasty=True)
-    async def test_silence_is_broken_by_a_ping(self, redis: Redis, caplog: Log) -> None:
-        async with driven(member, count=1, **redis.options()) as drives:
+    async def test_silence_is_broken_by_a_ping(self, service: Any, caplog: Log) -> None:
+        async with driven(member, count=1, **service.options()) as drives:
             await joined(drives)
             await asyncio.sleep(60)
             assert quiet(caplog)
-            redis.signal(signal.SIGSTOP)  # there, but mute
-            await until(lambda: "does not answer" in caplog.text)
-            redis.signal(signal.SIGCONT)
-            await until(lambda: "Redis is back" in caplog.text)
+            service.signal(signal.SIGSTOP)  # there, but mute
+            try:
+                await until(lambda: f"{service.name} is away" in caplog.text)
+            finally:
+                service.signal(signal.SIGCONT)
+            await until(lambda: f"{service.name} is back" in caplog.text)
             await broadcast("room", "here")
             await deliver(drives, ["here"])
 
     @asynchronous
     async def test_what_redis_itself_does(self, redis: Redis, caplog: Log) -> None:
-        """It closes connections, hands over what is not ours, is mute."""
-        from redis.exceptions import ConnectionError as RedisConnectionError
-
+        """It closes connections, hands over what is not ours."""
         async with driven(member, count=1, **redis.options()) as drives:
             await joined(drives)
-            redis.ask("publish", "tests:room", "c-rubbish")
+            for rubbish in ("c-rubbish", "c[1, 2, 3]", 'c["a", "", 0]', "x", "é"):
+                redis.ask("publish", "tests:room", rubbish)
             redis.ask("publish", "tests:room", "tgood")
             for number in range(3):
                 await broadcast("room", str(number))
                 redis.ask("client", "kill", "type", "normal")
             await deliver(drives, ["good", "0", "1", "2"])
-            assert caplog.text.count("Not a message of django_ws") == 1
-        redis.signal(signal.SIGSTOP)
-        url = f"{redis.url}?socket_timeout=0.2"
-        with override_settings(WEBSOCKETS={"REDIS_URL": url}):
-            with pytest.raises(RedisConnectionError):
-                await broadcast("room", "x")
+            assert caplog.text.count("Not a message of django_ws") == 5
 
     def test_all_processes_of_a_prefix(
-        self, redis: Redis, tmp_path: Path, stack: contextlib.ExitStack
+        self, service: Any, tmp_path: Path, stack: contextlib.ExitStack
     ) -> None:
         sites = [
-            stack.enter_context(redis.serve(tmp_path, "--workers", "2"))
+            stack.enter_context(service.serve(tmp_path, "--workers", "2"))
             for _ in range(2)
         ]
-        other = stack.enter_context(redis.serve(tmp_path, prefix="other"))
+        other = stack.enter_context(service.serve(tmp_path, prefix="other"))
         stranger = other.dial("/room/")
         assert stranger.recv(20) == "joined"
         clients: dict[int, Any] = {}
@@ -3353,8 +3666,7 @@ class TestRedis:
                 client.send("pid")
                 if clients.setdefault(seen(client), client) is not client:
                     client.close()
-        subscribers = redis.ask("pubsub", "numsub", "tests:room")
-        assert subscribers.split() == ["tests:room", "4"]
+        assert service.count_listeners() == 4 + (service.name == "PostgreSQL")
         members = list(clients.values())
         for message in ("é", b"\x00\xff", ""):
             members[0].send(message)
@@ -3364,15 +3676,111 @@ class TestRedis:
             "import warnings; warnings.simplefilter('error')\n"
             "import project; from asgiref.sync import async_to_sync\n"
             "for n in range(3):\n"
-            "    async_to_sync(project.broadcast)('room', {'sync': n})\n"
+            "    print(async_to_sync(project.broadcast)('room', {'sync': n}))\n"
+            "print(async_to_sync(project.broadcast)('elsewhere', 'x'))\n"
         )
-        run("python", "-c", script, env=sites[0].environment)
+        told = run("python", "-c", script, env=sites[0].environment).split()
+        known = service.name == "Redis"  # PostgreSQL does not tell
+        assert told == (["True"] * 3 + ["False"] if known else ["None"] * 4)
         members[0].send("count 10000")
         for client in members:
             assert [seen(client)["sync"] for _ in range(4)] == ["hi", 0, 1, 2]
             assert [seen(client) for _ in range(10_000)] == [*range(10_000)]
         with pytest.raises(TimeoutError):
             stranger.recv(0)
+
+    @asynchronous
+    async def test_a_thousand_groups(self, service: Any) -> None:
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            for number in range(1000):
+                await socket.join(f"group {number}")
+            await socket.send_text("joined")
+            await socket.receive_text()
+
+        async with driven(view, count=1, **service.options()) as drives:
+            await joined(drives)
+            for number in (0, 500, 999):
+                assert await broadcast(f"group {number}", str(number))
+            assert not await broadcast("group 1000", "nobody")
+            await deliver(drives, ["0", "500", "999"])
+
+    def test_publishing_keeps_its_connection(self, redis: Redis) -> None:
+        """From any thread, event loop and fork, also when Redis was away."""
+
+        def publish() -> None:
+            assert async_to_sync(broadcast)("room", {"text": "x"}) is False
+
+        def count_connections() -> int:
+            found = re.search(r"connections_received:(\d+)", redis.ask("info"))
+            assert found is not None
+            return int(found[1])
+
+        with override_settings(**redis.options()):
+            publish()
+            first = count_connections()
+            with futures.ThreadPoolExecutor(20) as pool:
+                for done in [pool.submit(publish) for _ in range(300)]:
+                    done.result()
+            asyncio.run(broadcast("room", "x"))
+            assert count_connections() - first <= 10 + 1  # the 1 asks
+            child = os.fork()
+            if not child:
+                status = 1
+                with contextlib.suppress(BaseException):
+                    publish()
+                    status = 0
+                os._exit(status)
+            assert os.waitpid(child, 0)[1] == 0
+            publish()
+            redis.stop()
+            with pytest.raises(redis.error):
+                publish()
+            redis.start()
+            publish()
+
+    def test_publishing_costs_little(self, redis: Redis) -> None:
+        """Channels makes a connection a message, for five times as much as nothing."""
+
+        async def nothing() -> None:
+            pass
+
+        def cost(function: Any, *args: Any) -> float:
+            began = time.process_time()
+            for _ in range(100):
+                async_to_sync(function)(*args)
+            return time.process_time() - began
+
+        with override_settings(**redis.options()):
+            async_to_sync(broadcast)("room", "x")
+            ratios = [cost(broadcast, "room", "x") / cost(nothing) for _ in range(5)]
+        assert sorted(ratios)[2] < 2.5, ratios
+
+    def test_publishing_waits_two_seconds_at_most(self, redis: Redis) -> None:
+        async def publish() -> float:
+            began = time.monotonic()
+            with pytest.raises(redis.error):
+                await broadcast("room", "x")
+            return time.monotonic() - began
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await broadcast("room", "here")
+            await sync_to_async(async_to_sync(broadcast))("room", "here")
+            redis.signal(signal.SIGSTOP)
+            waited.append(await publish())
+            with futures.ThreadPoolExecutor(20) as pool:
+                done = [pool.submit(async_to_sync(publish)) for _ in range(20)]
+                await asyncio.gather(*map(asyncio.wrap_future, done))
+            waited.extend(one.result() for one in done)
+            redis.signal(signal.SIGCONT)
+            await broadcast("room", "here again")
+            await sync_to_async(async_to_sync(broadcast))("room", "here again")
+
+        waited: list[float] = []
+        play(view, **redis.options())
+        assert len(waited) == 21 and max(waited) < 2, waited
 
     def test_urls_are_redis_pys(self, tmp_path: Path) -> None:
         needs("redis")
@@ -3391,6 +3799,125 @@ class TestRedis:
                     assert client.recv(20) == b"hi"
         finally:
             server.stop()
+
+
+class TestPostgresGroups:
+    def test_transactions(self, postgres: Postgres) -> None:
+        """What synchronous code broadcasts is sent by its transaction's COMMIT."""
+        publish: Any = async_to_sync(broadcast)
+
+        def in_transactions() -> None:
+            connected = connections["postgres"]
+            with transaction.atomic("postgres"):
+                publish("room", "equal")
+                publish("room", "equal")
+                with contextlib.suppress(KeyError), transaction.atomic("postgres"):
+                    publish("room", "rolled back to a savepoint")
+                    raise KeyError
+                with pytest.raises(ValueError, match="PostgreSQL carries 7999: save"):
+                    publish("room", "x" * 8000)
+                with connected.cursor() as cursor:  # it is well
+                    cursor.execute("SELECT 1")
+                seen.append(list(drive.messages))
+            with contextlib.suppress(KeyError), transaction.atomic("postgres"):
+                publish("room", "rolled back")
+                raise KeyError
+            publish("room", "in no transaction")
+            connected.close()
+
+        async def view(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.join("room")
+            await sync_to_async(in_transactions)()
+            await broadcast("room", "x" * 7950)  # a header goes with it
+            await until(lambda: len(drive.messages) == 4)
+
+        seen: list[Any] = []
+        drive = Drive(None)
+        with pytest.raises(ValueError, match="takes 80.. bytes"):
+            with override_settings(**postgres.options()):
+                asyncio.run(broadcast("room", "x" * 8000))
+
+        async def main() -> None:
+            nonlocal drive
+            async with driven(view, **postgres.options()) as drive:
+                await drive.end()
+
+        asyncio.run(main())
+        assert seen == [[]]
+        assert drive.messages[:3] == ["equal", "equal", "in no transaction"]
+
+    @asynchronous
+    async def test_its_connections(self, postgres: Postgres, caplog: Log) -> None:
+        """One listens and one publishes; both are made again and go with the groups."""
+        before = postgres.connections
+        async with driven(member, count=3, **postgres.options()) as drives:
+            await joined(drives)
+            await asyncio.gather(*(broadcast("room", "x") for _ in range(20)))
+            await deliver(drives, ["x"] * 20)
+            assert postgres.connections == before + 2
+            kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query"
+            postgres.ask(f"{kill} LIKE '%pg_notify%' AND pid <> pg_backend_pid()")
+            await broadcast("room", "y")  # on a new one, and nobody hears of it
+            await deliver(drives, ["x"] * 20 + ["y"])
+            assert quiet(caplog)
+            for rubbish in (
+                "x",
+                "[1, 2]",
+                '[1, "room", "c"]["a", "", 0]',
+                '[1, 2, 3]""',
+            ):
+                postgres.ask(f"SELECT pg_notify('tests', '{rubbish}')")
+            postgres.ask("""SELECT pg_notify('tests', '[1, "room", "b"]"eA=="')""")
+            await deliver(drives, ["x"] * 20 + ["y", b"x"])
+            assert caplog.text.count("Not a message of django_ws") == 4
+        await until(lambda: postgres.connections == before)
+
+    @asynchronous(hasty=True)
+    async def test_a_pooler_needs_a_direct_connection_to_listen(
+        self, postgres: Postgres, caplog: Log
+    ) -> None:
+        entry = {
+            **connections.settings["postgres"],
+            "OPTIONS": {"application_name": "b"},
+        }
+        connections.settings["direct"] = entry
+        options = {"WEBSOCKETS": {"DATABASE": "postgres", "LISTEN": "direct"}}
+        found = "SELECT query FROM pg_stat_activity WHERE application_name = 'b'"
+        try:
+            async with driven(member, count=1, **options) as drives:
+                await joined(drives)
+                await broadcast("room", "x")
+                await deliver(drives, ["x"])
+                [[query]] = postgres.ask(found)
+                assert query == 'LISTEN "django_ws"'
+        finally:
+            del connections.settings["direct"]
+        # What a pooler does that gives the connection to somebody else meanwhile.
+        monkeypatch = pytest.MonkeyPatch()
+        with monkeypatch.context() as patched:
+            patched.setattr("psycopg.sql.SQL.format", lambda self, name: "SELECT 1")
+            async with driven(member, count=1, **postgres.options()) as drives:
+                await joined(drives)
+                await until(lambda: "LISTEN needs a pooler in session" in caplog.text)
+
+
+@pytest.mark.usefixtures("postgres")
+class TestPostgresGroupsInTestCase(TestCase):
+    databases = {"default", "postgres"}
+
+    async def test_what_is_broadcast_arrives_though_nothing_is_committed(self) -> None:
+        def in_a_transaction() -> None:
+            with transaction.atomic("postgres"):
+                async_to_sync(broadcast)("room", "not committed")
+
+        options: Any = {"WEBSOCKETS": {"DATABASE": "postgres"}}
+        async with driven(member, count=1, **options) as drives:
+            await joined(drives)
+            await sync_to_async(in_a_transaction)()
+            await sync_to_async(async_to_sync(broadcast))("room", "from sync code")
+            await broadcast("room", "from async code")
+            await deliver(drives, ["from sync code", "from async code"])
 
 
 class TestCrowds:

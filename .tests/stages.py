@@ -54,7 +54,7 @@ from django.contrib.auth.models import User
 from django.core import signals
 from django.core.asgi import get_asgi_application
 from django.core.management import call_command
-from django.db import close_old_connections, connections
+from django.db import OperationalError, close_old_connections, connections
 from django.http import HttpResponse
 from django.test import AsyncClient, Client, override_settings
 from websockets.exceptions import ConnectionClosed
@@ -731,8 +731,32 @@ def cookies(user: Any) -> dict[str, str]:
     return {"Cookie": f"sessionid={logged_in(user).cookies['sessionid'].value}"}
 
 
-class Postgres:
-    """A real PostgreSQL of the tests' own, which can be stopped and started."""
+class Service:
+    """What carries groups between processes: it can be stopped and started."""
+
+    name: str
+    start: Callable[[], None]
+    stop: Callable[[], None]
+    signal: Callable[[signal.Signals], None]
+    options: Callable[..., dict[str, Any]]  # settings, for a prefix
+    databases: dict[str, Any]  # that its servers have
+
+    @property
+    def error(self) -> type[Exception]:
+        """What broadcast() raises while the service is away."""
+        raise NotImplementedError
+
+    def serve(self, directory: Path, *more: str, prefix: str = "tests") -> Process:
+        command = (*UVICORN, *more, "project:application")
+        options = {"DATABASES": self.databases, **self.options(prefix)}
+        return Process(directory, *command, **options)
+
+
+class Postgres(Service):
+    """A real PostgreSQL of the tests' own."""
+
+    name = "PostgreSQL"
+    error = OperationalError
 
     def __init__(self, directory: str) -> None:
         places = [*map(str, pathlib.Path("/usr/lib/postgresql").glob("*/bin"))]
@@ -747,6 +771,7 @@ class Postgres:
             **{"NAME": "postgres", "USER": "postgres", "HOST": "127.0.0.1"},
             "PORT": str(self.port),
         }
+        self.databases = {"default": DATABASE, "postgres": self.entry}
         self.start()
 
     def run(self, name: str, *options: str) -> None:
@@ -770,11 +795,26 @@ class Postgres:
             found = asked.execute(sql)
             return found.fetchall() if found.description else []
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the server."""
+        first = (pathlib.Path(self.directory) / "data" / "postmaster.pid").read_text()
+        parent = first.split()[0]
+        children = pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text()
+        run(*self.user, "kill", f"-{number.name[3:]}", parent, *children.split())
+
+    def options(self, prefix: str = "tests") -> dict[str, Any]:
+        return {"WEBSOCKETS": {"DATABASE": "postgres", "PREFIX": prefix}}
+
+    def count_listeners(self) -> int:
+        listeners = "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+        return len(self.ask(listeners))
+
     @property
     def connections(self) -> int:
         return int(self.ask(f"SELECT count(*) FROM pg_stat_activity {OTHERS}")[0][0])
 
-    def serve(self, directory: Path, **entry: Any) -> Process:
+    def serve_views(self, directory: Path, **entry: Any) -> Process:
+        """Serve a project whose own database this is."""
         return Process(
             directory,
             *UVICORN,
@@ -794,7 +834,10 @@ def postgres() -> Iterator[Postgres]:
     needs("psycopg", "psycopg_pool")
     with tempfile.TemporaryDirectory() as directory:
         server = Postgres(directory)
+        entries = connections.configure_settings(server.databases)
+        connections.settings["postgres"] = entries["postgres"]
         yield server
+        del connections.settings["postgres"]
         server.stop()
 
 
@@ -816,8 +859,11 @@ def ask_all(clients: list[Any], sql: str) -> list[Any]:
 BACKEND = "SELECT pg_backend_pid()"
 
 
-class Redis:
-    """A redis-server of the tests' own, which can be killed and started again."""
+class Redis(Service):
+    """A redis-server of the tests' own."""
+
+    name = "Redis"
+    databases = {"default": DATABASE}
 
     def __init__(self, *options: str) -> None:
         self.port = free_port()
@@ -851,9 +897,15 @@ class Redis:
     def options(self, prefix: str = "tests") -> dict[str, Any]:
         return {"WEBSOCKETS": {"REDIS_URL": self.url, "PREFIX": prefix}}
 
-    def serve(self, directory: Path, *more: str, prefix: str = "tests") -> Process:
-        command = (*UVICORN, *more, "project:application")
-        return Process(directory, *command, **self.options(prefix))
+    def count_listeners(self) -> int:
+        return int(self.ask("pubsub", "numsub", "tests:room").split()[1])
+
+    @property
+    def error(self) -> type[Exception]:
+        from redis import exceptions
+
+        found: type[Exception] = exceptions.ConnectionError
+        return found
 
 
 @pytest.fixture
@@ -864,12 +916,17 @@ def redis() -> Iterator[Redis]:
     server.stop()
 
 
-@pytest.fixture(params=["here", "redis"])
+@pytest.fixture(params=["redis", "postgres"])
+def service(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["here", "redis", "postgres"])
 def layer(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The settings for each way in which groups travel."""
     if request.param == "here":
         return {}
-    found: dict[str, Any] = request.getfixturevalue("redis").options()
+    found: dict[str, Any] = request.getfixturevalue(request.param).options()
     return found
 
 
