@@ -45,7 +45,7 @@ import time
 import weakref
 from collections import abc, deque
 from concurrent import futures
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
@@ -1979,7 +1979,11 @@ class _RedisGroups(_SharedGroups):
     service = "Redis"
 
     def __init__(self, options: dict[str, Any]) -> None:
+        from redis import exceptions
+
         super().__init__(options)
+        self.timeout_error = exceptions.TimeoutError
+        self.connection_error = exceptions.ConnectionError
         self.url: str = options["REDIS_URL"]
         self.publisher = _redis_publisher(self.url)
         self.client: Any = None  # publishes while there are members
@@ -2054,28 +2058,24 @@ class _RedisGroups(_SharedGroups):
         return kind.encode() + (body if isinstance(body, bytes) else body.encode())
 
     def publish_in_thread(self, group: str, packed: bytes) -> bool:
-        with self.connection_errors():
+        try:
             return bool(self.publisher.publish(self.channel(group), packed))
+        except self.timeout_error as error:
+            raise self.connection_error("Redis does not answer") from error
 
     async def publish_on_loop(self, group: str, packed: bytes) -> bool:
-        from redis import asyncio as module
+        if self.client is None:
+            from redis import asyncio as module
 
-        with self.connection_errors():
-            self.client = self.client or _redis_client(module, self.url, 1)
+            self.client = _redis_client(module, self.url, 1, timeout=None)
+        try:
             return bool(await self.client.publish(self.channel(group), packed))
+        except self.timeout_error as error:
+            raise self.connection_error("Redis does not answer") from error
 
     async def stop_publishing(self) -> None:
         if self.client is not None:
             await self.client.connection_pool.disconnect(inuse_connections=False)
-
-    @contextmanager
-    def connection_errors(self) -> abc.Iterator[None]:
-        from redis import exceptions
-
-        try:
-            yield
-        except exceptions.TimeoutError as error:
-            raise exceptions.ConnectionError("Redis does not answer") from error
 
 
 class _PostgresGroups(_SharedGroups):

@@ -2055,7 +2055,7 @@ class TestLifeOfAView:
     @pytest.mark.parametrize(
         "how",
         ["raises", "denied", "cancelled", "gone", "ahead", "reader", "group", "thread"]
-        + ["stream"],
+        + ["stream", "handler", "handler raises"],
     )
     def test_a_socket_is_freed_without_the_garbage_collector(self, how: str) -> None:
         kept: list[Any] = []
@@ -2092,6 +2092,17 @@ class TestLifeOfAView:
                 await broadcast("room", "x")
             elif how == "thread":
                 await sync_to_async(repr)(socket)
+            elif how.startswith("handler"):
+
+                async def handler(message: Any) -> None:
+                    await socket.leave("none")
+                    if how == "handler raises":
+                        raise Precious
+
+                await socket.join("room", handler)
+                await broadcast("room", "x")
+                await close_group("room", spread=0.1)
+                await asyncio.sleep(3600)
             else:
                 await socket.receive_text()
 
