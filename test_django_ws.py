@@ -44,6 +44,7 @@ from concurrent import futures
 from typing import Any
 from urllib.parse import quote
 
+import django
 import pytest
 
 import django_ws
@@ -4762,6 +4763,7 @@ class TestReadme:
         assert re.search(r"Ran [1-9]\d* tests?|[1-9]\d* passed", said)
 
     def test_its_celery_task(self, redis: Redis, readme: Any) -> None:
+        """On Redis: PUBLISH tells whether somebody heard."""
         needs("celery")
         readme.add("settings.py", f"WEBSOCKETS['REDIS_URL'] = {redis.url!r}")
         program = (
@@ -4777,6 +4779,67 @@ class TestReadme:
             wait_for(lambda: "1" in redis.ask(*asked))
             run("python", "-c", program, cwd=readme.directory)
             assert seen(client) == {"text": "the report for 1 is ready"}
+
+    def test_its_handlers(self, readme: Any, browser: Any) -> None:
+        needs("django_htmx")
+        import django_htmx
+
+        static = f"{django_htmx.__path__[0]}/static/django_htmx"
+        scripts = {"htmx.org@2": "htmx-2.min.js", "htmx-ext-ws@2": "ext/hx-ws-2.min.js"}
+        views = readme.directory / "project_name" / "views.py"
+        source = views.read_text()
+        for name, file in scripts.items():
+            assert f"https://cdn.jsdelivr.net/npm/{name}" in source
+            source = source.replace(
+                f"https://cdn.jsdelivr.net/npm/{name}", f"/static/{file}"
+            )
+        views.write_text(source)
+        readme.add("settings.py", f"STATICFILES_DIRS = [{static!r}]")
+        ann, staff = session(readme.ann), session(readme.staff)
+        with readme.serve() as server:
+            clients = server.dial_all(3, "/ws/chat/lobby/")
+            for number, client in enumerate(clients):
+                client.send(f"hello from {number}")
+                for other in {*clients} - {client}:
+                    assert other.recv(20) == f"hello from {number}"
+            page = f"http://127.0.0.1:{server.port}/live/"
+            browser.get(page)
+            browser.add_cookie({"name": "sessionid", "value": readme.ann})
+            browser.get(page)
+            client = server.dial("/ws/live/", **staff)
+            field = browser.find_element("name", "text")
+            wait_for(lambda: field.send_keys("hi", "\ue007") or "hi" in client.recv(1))
+            client.send('{"text": "<b>you"}')
+            lines = browser.find_element("id", "lines")
+            wait_for(
+                lambda: "annTrue: <b>you" in lines.text and "You: hi" in lines.text
+            )
+            assert "annFalse: hi" not in lines.text
+            assert "You: &lt;b&gt;you" in client.recv(20)
+            seers = [server.dial("/ws/audit/", **one) for one in (ann, staff)]
+            seers[0].send('"before"')
+            give = (
+                "from django.contrib.auth.models import Permission, User\n"
+                "user = User.objects.get(username='annTrue')\n"
+                "permission = Permission.objects.get(codename='view_user')\n"
+                "user.user_permissions.add(permission)\n"
+            )
+            run("python", "manage.py", "shell", "-v0", "-c", give, cwd=readme.directory)
+            seers[1].send('"after"')
+            assert seen(seers[1]) == {"user": "annTrue", "entry": "after"}
+            with pytest.raises(TimeoutError):
+                seers[0].recv(0)
+        assert "Traceback" not in server.output
+
+    def test_who_has_no_socket_gets_an_email(self, readme: Any) -> None:
+        mail = "django.core.mail.backends.console.EmailBackend"
+        new = f"MAILERS = {{'default': {{'BACKEND': {mail!r}}}}}"
+        old = f"EMAIL_BACKEND = {mail!r}"
+        readme.add("settings.py", f"{new if django.VERSION > (6, 1) else old}\n")
+        headers = session(readme.ann)["additional_headers"]
+        with readme.serve() as server:
+            assert server.get("/order/", **headers).body == b"1 order"
+            assert "Subject: News for you" in server.output
 
     def test_its_token_middleware(self, readme: Any) -> None:
         with readme.serve() as server:

@@ -1010,7 +1010,7 @@ def make_readme_project() -> tuple[Path, list[str]]:
         "from django.core import signing\n"
         "from django.test import Client\n"
         "for staff in (False, True):\n"
-        "    user = User.objects.create_user(f'ann{staff}', is_staff=staff)\n"
+        "    user = User.objects.create_user(f'ann{staff}', 'a@b.cd', is_staff=staff)\n"
         "    client = Client()\n"
         "    client.force_login(user)\n"
         "    print(client.cookies['sessionid'].value)\n"
