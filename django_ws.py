@@ -45,7 +45,7 @@ import time
 import weakref
 from collections import abc, deque
 from concurrent import futures
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, closing, nullcontext, suppress
 from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
@@ -1225,27 +1225,33 @@ def _get_result(
 ) -> Any:
     """Return what a view returned or raised; cancellation is an error if `unexpected`.
 
-    `error` is what a handler of a group raised. A TaskGroup in a view wraps what its
-    tasks raise into a group. `WebSocketDisconnect` counts only if they raised nothing
-    else.
+    `error` is what a handler of a group raised, which has cancelled the view.
     """
-    if task.cancelled():
+    if task.cancelled() and error is None:
         why = "the view awaited something that was cancelled"
-        return error or (RuntimeError(why) if unexpected else None)
-    result: Any = task.exception()
-    if error is not None and isinstance(result, Exception):
-        result = ExceptionGroup("a handler and then the view failed", [error, result])
-    elif error is not None and result is None:
-        result = error
-    if not isinstance(result, Exception):
-        return task.result()
-    while isinstance(result, ExceptionGroup):
-        ends, failures = result.split(WebSocketDisconnect)
-        result = failures or ends
-        if len(result.exceptions) > 1 and result is failures:
+        return RuntimeError(why) if unexpected else None
+    failure = None if task.cancelled() else task.exception()
+    if failure is None:
+        return task.result() if error is None else _unwrap(error)
+    if not isinstance(failure, Exception):
+        raise failure
+    if error is not None:
+        failure = ExceptionGroup("a handler and the view failed", [error, failure])
+    return _unwrap(failure)
+
+
+def _unwrap(error: Any) -> Exception:
+    """Return the one exception of a group that a TaskGroup made, or the group.
+
+    `WebSocketDisconnect` counts only if there is nothing else.
+    """
+    while isinstance(error, ExceptionGroup):
+        ends, failures = error.split(WebSocketDisconnect)
+        error = failures or ends
+        if len(error.exceptions) > 1 and error is failures:
             break
-        result = result.exceptions[0]
-    return result
+        error = error.exceptions[0]
+    return error  # type: ignore[no-any-return]
 
 
 def _end_as(result: Any, request: http.HttpRequest) -> Any:
@@ -1787,8 +1793,8 @@ class _Groups:
         if message.spread:
             # It outlives who asked for it, so it must not run in that context.
             context = contextvars.Context()
-            closing = self.close_slowly(group, message)
-            task = asyncio.create_task(closing, context=context)
+            slowly = self.close_slowly(group, message)
+            task = asyncio.create_task(slowly, context=context)
             self.closing.add(task)
             return task.add_done_callback(self.closing.discard)
         # Those who are members now, except for those who leave before their turn.
@@ -1855,7 +1861,7 @@ class _SharedGroups(_Groups):
     change: Any  # subscribes to some groups, unsubscribes from others, confirms joins
     pack: Any  # returns a group's message as the service takes it
     publish_in_thread: Any  # publishes that, in synchronous code
-    publish_on_loop: Any  # the same, on a connection that stop_publishing() closes
+    publish_on_loop: Any  # the same, on connections that stop_publishing() closes
     stop_publishing: Any
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -1917,11 +1923,14 @@ class _SharedGroups(_Groups):
         """Tell the service which groups have sockets here."""
         while self.members:
             changed, self.changed = self.changed, set()
-            joining, self.joining = self.joining, []
             old = changed - self.members.keys()
-            await self.change(connection, changed - old, old, joining)
+            await self.change(connection, changed - old, old)
             await self.wake.wait()
             self.wake.clear()
+
+    def take_joining(self) -> list[asyncio.Future[None]]:
+        joining, self.joining = self.joining, []
+        return joining
 
     def confirm(self, joining: list[asyncio.Future[None]]) -> None:
         """Complete these joins: the service has answered."""
@@ -1947,7 +1956,11 @@ class _SharedGroups(_Groups):
         publish = self.publish_on_loop
         if waits or self.listener is None:
             publish = sync_to_async(self.publish_in_thread)
-        heard: bool | None = await publish(group, packed)
+        try:
+            heard: bool | None = await publish(group, packed)
+        finally:
+            if self.listener is None:
+                await self.stop_publishing()
         return heard
 
 
@@ -1979,11 +1992,7 @@ class _RedisGroups(_SharedGroups):
     service = "Redis"
 
     def __init__(self, options: dict[str, Any]) -> None:
-        from redis import exceptions
-
         super().__init__(options)
-        self.timeout_error = exceptions.TimeoutError
-        self.connection_error = exceptions.ConnectionError
         self.url: str = options["REDIS_URL"]
         self.publisher = _redis_publisher(self.url)
         self.client: Any = None  # publishes while there are members
@@ -2009,20 +2018,14 @@ class _RedisGroups(_SharedGroups):
                 await pubsub.connect()
                 yield pubsub
 
-    async def change(
-        self,
-        pubsub: Any,
-        new: set[str],
-        old: set[str],
-        joining: list[asyncio.Future[None]],
-    ) -> None:
+    async def change(self, pubsub: Any, new: set[str], old: set[str]) -> None:
         """Subscribe to the groups that have sockets here, and to no others."""
         if new:
             self.unconfirmed += [[] for _ in new]
-            self.unconfirmed[-1].extend(joining)
+            self.unconfirmed[-1].extend(self.take_joining())
             await pubsub.subscribe(*map(self.channel, new))
         else:
-            self.confirm(joining)  # they have left again
+            self.confirm(self.take_joining())  # they have left again
         if old:
             await pubsub.unsubscribe(*map(self.channel, old))
 
@@ -2057,21 +2060,23 @@ class _RedisGroups(_SharedGroups):
         kind, body = _pack(message)
         return kind.encode() + (body if isinstance(body, bytes) else body.encode())
 
-    def publish_in_thread(self, group: str, packed: bytes) -> bool:
+    async def publish(self, group: str, message: _GroupMessage) -> bool | None:
+        from redis import exceptions
+
         try:
-            return bool(self.publisher.publish(self.channel(group), packed))
-        except self.timeout_error as error:
-            raise self.connection_error("Redis does not answer") from error
+            return await super().publish(group, message)
+        except exceptions.TimeoutError as error:
+            raise exceptions.ConnectionError("Redis does not answer") from error
+
+    def publish_in_thread(self, group: str, packed: bytes) -> bool:
+        return bool(self.publisher.publish(self.channel(group), packed))
 
     async def publish_on_loop(self, group: str, packed: bytes) -> bool:
         if self.client is None:
             from redis import asyncio as module
 
             self.client = _redis_client(module, self.url, 1, timeout=None)
-        try:
-            return bool(await self.client.publish(self.channel(group), packed))
-        except self.timeout_error as error:
-            raise self.connection_error("Redis does not answer") from error
+        return bool(await self.client.publish(self.channel(group), packed))
 
     async def stop_publishing(self) -> None:
         if self.client is not None:
@@ -2082,6 +2087,7 @@ class _PostgresGroups(_SharedGroups):
     """Groups by PostgreSQL's LISTEN and NOTIFY, on one channel for all groups."""
 
     service = "PostgreSQL"
+    NOTIFY = "SELECT pg_notify(%s, %s)"
     LIMIT = 7999  # bytes of a payload (PostgreSQL, "NOTIFY")
     # Equal payloads in one transaction would arrive once.
     numbers = itertools.count()
@@ -2118,14 +2124,8 @@ class _PostgresGroups(_SharedGroups):
         finally:
             await connection.close()
 
-    async def change(
-        self,
-        connection: Any,
-        new: set[str],
-        old: set[str],
-        joining: list[asyncio.Future[None]],
-    ) -> None:
-        self.confirm(joining)  # the connection listens for all groups
+    async def change(self, connection: Any, new: set[str], old: set[str]) -> None:
+        self.confirm(self.take_joining())  # the connection listens for all groups
 
     async def read(self, connection: Any) -> None:
         """Handle what PostgreSQL sends; after a silence, ask whether it still does."""
@@ -2180,16 +2180,12 @@ class _PostgresGroups(_SharedGroups):
     def publish_in_thread(self, group: str, packed: str) -> bool | None:
         """Publish on Django's own connection, and so in its transaction."""
         connection: Any = connections[self.alias]
+        used: Any = nullcontext(connection)
         blocks = connection.atomic_blocks
         if blocks and all(block._from_testcase for block in blocks):
-            # This transaction will not be committed.
-            connection = connection.copy()
-        try:
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT pg_notify(%s, %s)", [self.prefix, packed])
-        finally:
-            if connection is not connections[self.alias]:
-                connection.close()
+            used = closing(connection.copy())  # for that transaction never commits
+        with used as connection, connection.cursor() as cursor:
+            cursor.execute(self.NOTIFY, [self.prefix, packed])
         return self.is_heard_here(group) or None
 
     async def publish_on_loop(self, group: str, packed: str) -> bool | None:
@@ -2208,15 +2204,18 @@ class _PostgresGroups(_SharedGroups):
         kept = self.connection is not None
         try:
             self.connection = self.connection or await self.open(self.alias)
-            command = "SELECT pg_notify(%s, %s)"
-            await self.connection.execute(command, [self.prefix, packed])
+            await self.connection.execute(self.NOTIFY, [self.prefix, packed])
         except OperationalError:
-            await self.stop_publishing()
+            await self.close_connection()
             if not kept:
                 raise
             await self.notify(packed)  # PostgreSQL had closed the connection
 
     async def stop_publishing(self) -> None:
+        async with self.lock:
+            await self.close_connection()
+
+    async def close_connection(self) -> None:
         connection, self.connection = self.connection, None
         if connection is not None:
             await connection.close()
@@ -2262,15 +2261,10 @@ def _check_postgres(option: str, alias: str) -> None:
         raise ImproperlyConfigured(f"{wrong} {needed}")
 
 
-def _new_groups() -> _Groups:
-    """Return what `settings.WEBSOCKETS` asks for, or raise for a mistake in it."""
-    options: dict[str, Any] = {
-        "REDIS_URL": "",
-        "DATABASE": "",
-        "LISTEN": "",
-        "PREFIX": "django_ws",
-        "OUTBOX": 2**20,
-    }
+def _get_options() -> dict[str, Any]:
+    """Return `settings.WEBSOCKETS` with its defaults."""
+    options: dict[str, Any] = {"REDIS_URL": "", "DATABASE": "", "LISTEN": ""}
+    options.update(PREFIX="django_ws", OUTBOX=2**20)
     given = getattr(conf.settings, "WEBSOCKETS", {})
     if not isinstance(given, dict):
         raise ImproperlyConfigured("WEBSOCKETS must be a dict")
@@ -2286,16 +2280,20 @@ def _new_groups() -> _Groups:
         raise ImproperlyConfigured("WEBSOCKETS['OUTBOX'] must be at least 1 (byte)")
     if ":" in options["PREFIX"]:  # or "a" + "b:c" would be "a:b" + "c"
         raise ImproperlyConfigured("WEBSOCKETS['PREFIX'] must not contain a colon")
+    return options
+
+
+def _new_groups() -> _Groups:
+    """Return what `settings.WEBSOCKETS` asks for, or raise for a mistake in it."""
+    options = _get_options()
     if options["DATABASE"] and options["REDIS_URL"]:
         raise ImproperlyConfigured("WEBSOCKETS takes DATABASE or REDIS_URL, not both")
     if options["LISTEN"] and not options["DATABASE"]:
         raise ImproperlyConfigured("WEBSOCKETS['LISTEN'] needs WEBSOCKETS['DATABASE']")
     if options["DATABASE"]:
         return _PostgresGroups(options)
-    return _new_redis_groups(options) if options["REDIS_URL"] else _Groups(options)
-
-
-def _new_redis_groups(options: dict[str, Any]) -> _Groups:
+    if not options["REDIS_URL"]:
+        return _Groups(options)
     try:
         return _RedisGroups(options)
     except ImportError as error:
