@@ -1,5 +1,7 @@
 """A Django project in one file, with a WebSocket: python example.py [port]"""
 
+import argparse
+import contextlib
 import socket as sockets
 import sys
 
@@ -34,17 +36,19 @@ PAGE = """<!doctype html>
   #state::before { content: ""; display: inline-block; width: .6em; height: .6em;
                    margin-right: .45em; border-radius: 50%; background: var(--bad) }
   #state.open::before { background: var(--accent) }
-  p, small { color: var(--soft) }
-  form { display: flex; flex-wrap: wrap; gap: .5rem }
-  input { flex: 1 1 12rem; min-width: 0 } ::placeholder { color: var(--soft) }
+  p, small, li.empty { color: var(--soft) }
+  form, #beat { display: flex; gap: .5rem; align-items: center; margin: 1rem 0 }
+  #beat span { flex: 1; font-variant-numeric: tabular-nums }
+  input { flex: 1; min-width: 0 } ::placeholder { color: var(--soft) }
   input, button { padding: .6rem .8rem; border: 1px solid var(--line); font: inherit;
                   border-radius: .5rem; background: var(--card); color: inherit }
-  button { cursor: pointer } button:disabled { cursor: default; opacity: .5 }
+  button { cursor: pointer; white-space: nowrap }
+  button:disabled { cursor: default; opacity: .5 }
   button.main { border-color: var(--accent); background: var(--accent);
                 color: var(--card) }
   :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-  ol { margin: 1.5rem 0; padding: 0; list-style: none; border-radius: .75rem;
-       border: 1px solid var(--line); background: var(--card); min-height: 3.5rem }
+  ol { margin: 1rem 0; padding: 0; list-style: none; border-radius: .75rem;
+       border: 1px solid var(--line); background: var(--card) }
   li { display: flex; justify-content: space-between; align-items: baseline;
        gap: 1rem; padding: .6rem 1rem; overflow-wrap: anywhere }
   li + li { border-top: 1px solid var(--line) }
@@ -57,15 +61,20 @@ PAGE = """<!doctype html>
 <form>
   <input id="text" aria-label="Message" placeholder="A message" autocomplete="off">
   <button class="main" id="send" disabled>Send</button>
-  <button id="pause" type="button">Pause</button>
 </form>
-<ol id="log" aria-label="Echoes"></ol>
+<ol id="log" aria-label="Echoes">
+  <li class="empty">Your messages will appear here.</li>
+</ol>
+<div id="beat">
+  <span>Hellos echoed: <b id="hellos">0</b></span>
+  <button id="pause" type="button">Pause hellos</button>
+</div>
 <p id="news" aria-live="polite"></p>
 <script>
-  const [state, text, send, pause, log, news] = ["state", "text", "send", "pause",
-    "log", "news"].map(id => document.getElementById(id));
+  const [state, text, send, log, hellos, pause, news] = ["state", "text", "send", "log",
+    "hellos", "pause", "news"].map(id => document.getElementById(id));
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-  let socket, retries = 0, sent = [];
+  let socket, retries = 0, sent = [], paused = false;
 
   function connect() {
     socket = new WebSocket(`${scheme}//${location.host}/ws/`);
@@ -73,15 +82,8 @@ PAGE = """<!doctype html>
     socket.onopen = () => { retries = 0; show("connected", true) };
     socket.onmessage = event => {
       const [start, typed] = sent.shift();
-      const took = `${(performance.now() - start).toFixed(1)} ms`;
-      const line = document.createElement("li"), time = document.createElement("small");
-      line.textContent = event.data;
-      time.textContent = took;
-      line.append(time);
-      log.prepend(line);
-      if (log.children.length > 8) log.lastChild.remove();
-      // Screen readers hear what was typed, not every hello.
-      if (typed) news.textContent = `${event.data}, ${took}`;
+      if (typed) list(event.data, `${(performance.now() - start).toFixed(1)} ms`);
+      else hellos.textContent = Number(hellos.textContent) + 1;
     };
     socket.onclose = () => {
       // Back-off with jitter, so that a restart is not met by everyone at once.
@@ -95,6 +97,16 @@ PAGE = """<!doctype html>
     state.classList.toggle("open", open);
     send.disabled = !open;
   }
+  function list(message, took) {
+    const line = document.createElement("li"), time = document.createElement("small");
+    line.textContent = message;
+    time.textContent = took;
+    line.append(time);
+    log.querySelector(".empty")?.remove();
+    log.prepend(line);
+    if (log.children.length > 8) log.lastElementChild.remove();
+    news.textContent = `${message}, ${took}`;  // for screen readers
+  }
   function say(message, typed) {
     if (socket.readyState !== WebSocket.OPEN) return false;
     sent.push([performance.now(), typed]);
@@ -107,11 +119,10 @@ PAGE = """<!doctype html>
     text.focus();
   };
   pause.onclick = () => {
-    pause.textContent = pause.textContent === "Pause" ? "Resume" : "Pause";
+    paused = !paused;
+    pause.textContent = paused ? "Resume hellos" : "Pause hellos";
   };
-  setInterval(() => {
-    if (pause.textContent === "Pause") say("hello", false);
-  }, 1000);
+  setInterval(() => paused || say("hello", false), 1000);
   connect();
 </script>
 </html>
@@ -139,13 +150,21 @@ settings.configure(
 urlpatterns = [path("", index), websocket("ws/", echo)]
 application = websockets(get_asgi_application())
 
+
+def port(text: str) -> int:
+    if text.isascii() and text.isdecimal() and 0 < int(text) < 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a port from 1 to 65535")
+
+
 if __name__ == "__main__":
-    port = sys.argv[1] if len(sys.argv) > 1 else "8000"
-    if not port.isdecimal() or not 0 < int(port) < 65536:
-        sys.exit(f"{port} is no port: python example.py [1-65535]")
+    parser = argparse.ArgumentParser(description="Serve a page with a WebSocket.")
+    parser.add_argument("port", nargs="?", type=port, default=8000)
+    chosen = parser.parse_args().port
     try:
-        listener = sockets.create_server(("127.0.0.1", int(port)))
+        listener = sockets.create_server(("127.0.0.1", chosen))
     except OSError as error:
-        sys.exit(f"Cannot listen on 127.0.0.1:{port}: {error.strerror}")
-    print(f"Open http://127.0.0.1:{port}/ in a browser; Ctrl-C stops.")
-    uvicorn.Server(uvicorn.Config(application)).run(sockets=[listener])
+        sys.exit(f"Cannot listen on 127.0.0.1:{chosen}: {error.strerror}")
+    print(f"Open http://127.0.0.1:{chosen}/ in a browser; Ctrl-C stops.")
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped by then
+        uvicorn.Server(uvicorn.Config(application)).run(sockets=[listener])
