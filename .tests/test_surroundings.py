@@ -13,8 +13,10 @@ import os
 import re
 import socket as sockets
 import ssl
+import struct
 import sys
 import threading
+import time
 from typing import Any
 from urllib.parse import quote
 
