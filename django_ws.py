@@ -57,7 +57,7 @@ from django.core import signals
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.handlers import asgi, base, exception
 from django.core.serializers.json import DjangoJSONEncoder
-from django.db import close_old_connections, connections
+from django.db import DatabaseError, close_old_connections, connections
 from django.db.utils import load_backend
 from django.http.response import HttpResponseBase, ResponseHeaders
 from django.middleware.csrf import REASON_BAD_ORIGIN, CsrfViewMiddleware
@@ -407,7 +407,7 @@ class _View:
         self.timer: asyncio.TimerHandle | None = None  # for the next cancellation
         # That of the socket; whoever broadcasts has another.
         self.context: contextvars.Context | None = None
-        self.error: Exception | None = None  # what a handler of a group raised
+        self.error: BaseException | None = None  # what a handler of a group raised
 
     def tell(self) -> None:
         """Count that a task was told of the end; cancel a view that keeps asking."""
@@ -902,17 +902,17 @@ class WebSocket(_Endpoint):
             await asyncio.wait([self._outbox.task], timeout=self.FLUSH)
             self._outbox.cancel()  # the client does not read
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """End the view as if it had raised what a handler of a group raised."""
-        if self._state == "open":
+        runs = self._state == "open" and self._view.task is not None
+        if runs or not isinstance(error, WebSocketDisconnect):
             self._view.error = error
+        if runs:
             self._view.cancel()
-        elif not isinstance(error, WebSocketDisconnect):
-            self._view.error = error  # to be logged
 
     async def _run(
         self, view: abc.Awaitable[Any]
-    ) -> tuple[asyncio.Future[Any], Exception | None, bool]:
+    ) -> tuple[asyncio.Future[Any], BaseException | None, bool]:
         """Run the view in a task.
 
         Return that, what a handler of a group raised, and whether the server cancelled.
@@ -938,17 +938,11 @@ class WebSocket(_Endpoint):
             except asyncio.CancelledError:  # by the server, never by the view
                 ended, cancelled = loop.create_future(), True
                 self._view.cancel()
-        if self._membership is not None and (handling := self._membership.end(self)):
-            self._view.task = handling
-            self._view.cancel()
-            while not handling.done():
-                try:
-                    await asyncio.wait([handling])
-                except asyncio.CancelledError:
-                    cancelled = True
         # Leave nothing behind: no timer, no task, no cycle.
         self._view.stop()
         self._view.task = None
+        if self._membership is not None:
+            cancelled = await self._membership.end(self) or cancelled
         error, self._view.error = self._view.error, None
         self._cancel_timer()
         if self._ahead is not None and self._ahead.task is not None:
@@ -970,9 +964,9 @@ class WebSocket(_Endpoint):
         Everything sent to the group after `join()` has returned arrives: at the client
         or, with a `handler` (an async callable), there: `await handler(message)` gets
         what `broadcast()` was given, JSON as data. Messages are handled one after
-        another, in order, beside the view and in its context. What a handler raises
-        ends the view as if the view had raised it. One for which more bytes wait than
-        WEBSOCKETS["OUTBOX"] closes the socket with 1013.
+        another, in order, beside the view, in the context of `join()`. What a handler
+        raises ends the view as if the view had raised it. One for which more bytes wait
+        than WEBSOCKETS["OUTBOX"] closes the socket with 1013.
 
         Joining again only changes the handler. With Redis or PostgreSQL it waits until
         that has confirmed, however long it is down. Cancelling it is safe; `leave()`
@@ -992,6 +986,7 @@ class WebSocket(_Endpoint):
             await self._raise_disconnect()
         groups = _groups(group)
         self._membership = self._membership or _Membership()
+        self._membership.context = contextvars.copy_context()
         self._membership.groups[group] = groups
         await groups.join(group, self, handler)
         await asyncio.sleep(0)
@@ -1221,23 +1216,23 @@ def _get_body(response: Any) -> bytes:
 
 
 def _get_result(
-    task: asyncio.Future[Any], error: Exception | None, unexpected: bool
+    task: asyncio.Future[Any], error: BaseException | None, unexpected: bool
 ) -> Any:
     """Return what a view returned or raised; cancellation is an error if `unexpected`.
 
     `error` is what a handler of a group raised, which has cancelled the view.
     """
-    if task.cancelled() and error is None:
-        why = "the view awaited something that was cancelled"
-        return RuntimeError(why) if unexpected else None
     failure = None if task.cancelled() else task.exception()
-    if failure is None:
-        return task.result() if error is None else _unwrap(error)
-    if not isinstance(failure, Exception):
-        raise failure
-    if error is not None:
-        failure = ExceptionGroup("a handler and the view failed", [error, failure])
-    return _unwrap(failure)
+    failures: list[Any] = [one for one in (error, failure) if one is not None]
+    for one in failures:
+        if not isinstance(one, Exception):
+            raise one  # pytest.fail(), say
+    if failures:
+        return _unwrap(ExceptionGroup("a handler and the view failed", failures))
+    if not task.cancelled():
+        return task.result()
+    why = "the view awaited something that was cancelled"
+    return RuntimeError(why) if unexpected else None
 
 
 def _unwrap(error: Any) -> Exception:
@@ -1672,10 +1667,11 @@ class _GroupMessage(NamedTuple):
 class _Membership:
     """The groups that a socket is in, and what waits for their handlers."""
 
-    __slots__ = "groups", "messages", "size", "task", "busy", "timer"
+    __slots__ = "groups", "messages", "size", "task", "busy", "timer", "context"
 
     def __init__(self) -> None:
         self.groups: dict[str, _Groups] = {}  # by name
+        self.context = contextvars.Context()  # for handlers: that of the last join()
         # The groups' names, and their messages.
         self.messages: deque[tuple[str, _GroupMessage]] = deque()
         self.size = 0  # of the messages, in bytes
@@ -1686,6 +1682,11 @@ class _Membership:
     def leave(self, group: str, socket: WebSocket) -> None:
         if group in self.groups:
             self.groups.pop(group).leave(group, socket)
+            waiting = list(self.messages)
+            self.clear()
+            for name, message in waiting:
+                if name != group:
+                    self.put(name, socket, message)
 
     def put(self, group: str, socket: WebSocket, message: _GroupMessage) -> None:
         """Let the group's handler have a message, or close after it had all others."""
@@ -1693,17 +1694,24 @@ class _Membership:
         self.messages.append((group, message))
         self.size += _size_of(message.event)
         if self.task is None:
-            assert socket._view.context is not None
             # A copy, for while a handler runs, nothing else could enter its context.
-            context = socket._view.context.copy()
+            context = self.context.copy()
             self.task = asyncio.Task(self.handle(socket), loop=loop, context=context)
         if message.event["type"] == "websocket.close":
             close = functools.partial(socket._deliver, message.event)
             self.timer = self.timer or loop.call_later(socket.FLUSH, close)
         elif self.busy and self.size > self.groups[group].limit:
-            self.messages.clear()
+            self.clear()
             slow = "messages are handled too slowly"
             socket._deliver(_close_event(CloseCode.TRY_AGAIN_LATER, slow))
+
+    def clear(self) -> None:
+        """Drop what waits."""
+        self.messages.clear()
+        self.size = 0
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     async def handle(self, socket: WebSocket) -> None:
         """Let the handlers have the messages, one after another."""
@@ -1712,35 +1720,41 @@ class _Membership:
                 group, message = self.messages.popleft()
                 self.size -= _size_of(message.event)
                 self.busy = True
-                if group in self.groups:
-                    await self.groups[group].handle(group, socket, message)
+                await self.groups[group].handle(group, socket, message)
                 self.busy = False
                 await asyncio.sleep(0)  # handlers that never wait must not block
         except asyncio.CancelledError:
-            if self.task is not None:  # it was not end() that cancelled
-                self.end(socket)
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
                 why = "a group's handler awaited something that was cancelled"
-                socket._fail(RuntimeError(why))
-        except Exception as error:
-            self.end(socket)
-            socket._fail(error)
+                self.fail(socket, RuntimeError(why))
+        except BaseException as error:  # pytest.fail() raises no Exception
+            self.fail(socket, error)
         finally:
-            self.stop()
+            self.clear()
+            self.task, self.busy = None, False
 
-    def stop(self) -> None:
-        self.task, self.busy, self.size = None, False, 0
-        self.messages.clear()
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+    def fail(self, socket: WebSocket, error: BaseException) -> None:
+        self.leave_all(socket)
+        socket._fail(error)
 
-    def end(self, socket: WebSocket) -> asyncio.Task[None] | None:
-        """Leave all groups; return the task that runs the handlers, to be cancelled."""
-        for group in list(self.groups):
-            self.leave(group, socket)
-        task = self.task
-        self.stop()
-        return task
+    def leave_all(self, socket: WebSocket) -> None:
+        self.clear()
+        while self.groups:
+            group, groups = self.groups.popitem()
+            groups.leave(group, socket)
+
+    async def end(self, socket: WebSocket) -> bool:
+        """Leave all groups, end the handler; return whether the server cancelled."""
+        self.leave_all(socket)
+        task, cancelled = self.task, False
+        while task is not None and not task.done():
+            task.cancel()  # again and again, as for the view
+            try:
+                await asyncio.wait([task], timeout=socket.GRACE)
+            except asyncio.CancelledError:
+                cancelled = True
+        return cancelled
 
 
 class _Groups:
@@ -1863,6 +1877,7 @@ class _SharedGroups(_Groups):
     publish_in_thread: Any  # publishes that, in synchronous code
     publish_on_loop: Any  # the same, on connections that stop_publishing() closes
     stop_publishing: Any
+    uses_django = False  # whether publish_in_thread() uses Django's connections
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
@@ -1896,24 +1911,30 @@ class _SharedGroups(_Groups):
 
     async def listen(self) -> None:
         """Listen while there are members; connect again whenever that fails."""
-        while self.members:
-            try:
-                self.joining = [one for one in self.start_over() if not one.done()]
-                self.changed = set(self.members)
-                async with self.connect() as connection, asyncio.TaskGroup() as tasks:
-                    reader = tasks.create_task(self.read(connection))
-                    await self.follow(connection)
-                    reader.cancel()
-            except* Exception as group:  # whatever it is, sockets wait for their groups
-                if not self.pause:
-                    error = group.exceptions[0]
-                    text = "%s is away, groups get no messages: %s"
-                    _logger.warning(text, self.service, error)
-                self.pause = min(max(2 * self.pause, self.PAUSES[0]), self.PAUSES[1])
-                await asyncio.sleep(self.pause * random.uniform(0.5, 1))
-        self.listener = None
-        self.complete(self.start_over())  # all have left again
-        await self.stop_publishing()
+        try:
+            while self.members:
+                try:
+                    await self.listen_once()
+                except* Exception as group:  # whatever it is, sockets wait
+                    if not self.pause:
+                        error = group.exceptions[0]
+                        text = "%s is away, groups get no messages: %s"
+                        _logger.warning(text, self.service, error)
+                    least, most = self.PAUSES
+                    self.pause = min(max(2 * self.pause, least), most)
+                    await asyncio.sleep(self.pause * random.uniform(0.5, 1))
+        finally:  # also when the loop ends
+            self.listener = None
+            self.complete(self.start_over())  # all have left again
+            await self.stop_publishing()
+
+    async def listen_once(self) -> None:
+        self.joining = [one for one in self.start_over() if not one.done()]
+        self.changed = set(self.members)
+        async with self.connect() as connection, asyncio.TaskGroup() as tasks:
+            reader = tasks.create_task(self.read(connection))
+            await self.follow(connection)
+            reader.cancel()
 
     def start_over(self) -> list[asyncio.Future[None]]:
         """Return everyone who waits for a confirmation."""
@@ -1952,10 +1973,12 @@ class _SharedGroups(_Groups):
         transaction, and on a connection that outlives `async_to_sync()`.
         """
         packed = self.pack(group, message)
-        waits = getattr(AsyncToSync.executors, "current", None) is not None
+        executor = getattr(AsyncToSync.executors, "current", None)
+        waits = executor is not None and not executor._broken
         publish = self.publish_on_loop
         if waits or self.listener is None:
-            publish = sync_to_async(self.publish_in_thread)
+            same = waits or self.uses_django
+            publish = sync_to_async(self.publish_in_thread, thread_sensitive=same)
         try:
             heard: bool | None = await publish(group, packed)
         finally:
@@ -2087,6 +2110,7 @@ class _PostgresGroups(_SharedGroups):
     """Groups by PostgreSQL's LISTEN and NOTIFY, on one channel for all groups."""
 
     service = "PostgreSQL"
+    uses_django = True
     NOTIFY = "SELECT pg_notify(%s, %s)"
     LIMIT = 7999  # bytes of a payload (PostgreSQL, "NOTIFY")
     # Equal payloads in one transaction would arrive once.
@@ -2098,8 +2122,9 @@ class _PostgresGroups(_SharedGroups):
         self.listen_alias: str = options["LISTEN"] or self.alias
         _check_postgres("DATABASE", self.alias)
         _check_postgres("LISTEN", self.listen_alias)
-        if not 0 < len(self.prefix.encode()) < 64:
-            wrong = "must be 1 to 63 bytes long, with PostgreSQL"
+        size = len(self.prefix.encode("utf-8", "replace"))
+        if not 0 < size < 64 or not self.prefix.isprintable():
+            wrong = "must be 1 to 63 bytes of printable text, with PostgreSQL"
             raise ImproperlyConfigured(f"WEBSOCKETS['PREFIX'] {wrong}")
         self.connection: Any = None  # publishes while there are members
         self.lock = asyncio.Lock()  # guards that
@@ -2157,6 +2182,8 @@ class _PostgresGroups(_SharedGroups):
             body: Any = payload[end:]
             if kind in "tb":
                 body = _decode_json(body)
+            if not isinstance(group, str) or not isinstance(body, str):
+                raise TypeError(group)
             unpacked = _unpack(kind, base64.b64decode(body) if kind == "b" else body)
         except (ValueError, TypeError):
             return _logger.warning("Not a message of django_ws: %r", payload)
@@ -2184,9 +2211,19 @@ class _PostgresGroups(_SharedGroups):
         blocks = connection.atomic_blocks
         if blocks and all(block._from_testcase for block in blocks):
             used = closing(connection.copy())  # for that transaction never commits
-        with used as connection, connection.cursor() as cursor:
-            cursor.execute(self.NOTIFY, [self.prefix, packed])
+        with used as connection:
+            try:
+                self.notify_by(connection, packed)
+            except DatabaseError:
+                if not connection.autocommit or connection.is_usable():
+                    raise
+                connection.close()  # PostgreSQL had closed it
+                self.notify_by(connection, packed)
         return self.is_heard_here(group) or None
+
+    def notify_by(self, connection: Any, packed: str) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(self.NOTIFY, [self.prefix, packed])
 
     async def publish_on_loop(self, group: str, packed: str) -> bool | None:
         heard = self.is_heard_here(group) or None
@@ -2235,7 +2272,7 @@ def _unpack(kind: str, body: Any) -> _GroupMessage:
     """Return what `_pack()` was given; raise ValueError or TypeError for other data."""
     if kind == "c":
         code, reason, spread = _decode_json(body)
-        return _GroupMessage(_close_event(code, reason), spread=spread)
+        return _GroupMessage(_close_event(code, reason), spread=float(spread))
     if kind not in ("b", "j", "t"):
         raise ValueError(kind)
     event = {"type": SendEvent.SEND, "bytes" if kind == "b" else "text": body}
@@ -2299,7 +2336,7 @@ def _new_groups() -> _Groups:
     except ImportError as error:
         wrong = "WEBSOCKETS['REDIS_URL'] needs redis-py: pip install redis"
         raise ImproperlyConfigured(wrong) from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # redis-py raises several for a mistake in the URL
         raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
 
 
@@ -2365,7 +2402,7 @@ async def close_group(
     """
     if not 0 <= spread < math.inf:
         raise ValueError(f"spread must be a number of seconds, not {spread!r}")
-    message = _GroupMessage(_close_event(code, reason), spread=spread)
+    message = _GroupMessage(_close_event(code, reason), spread=float(spread))
     await _groups(group).publish(group, message)
 
 

@@ -837,7 +837,7 @@ def postgres() -> Iterator[Postgres]:
         entries = connections.configure_settings(server.databases)
         connections.settings["postgres"] = entries["postgres"]
         yield server
-        del connections.settings["postgres"]
+        connections.settings.pop("postgres", None)  # each module has a server
         server.stop()
 
 

@@ -13,8 +13,10 @@ import os
 import re
 import socket as sockets
 import ssl
+import struct
 import sys
 import threading
+import time
 from typing import Any
 from urllib.parse import quote
 
@@ -24,14 +26,21 @@ import pytest
 import django_ws
 from project import *
 from stages import *
+from validator import FAILURES
 
 # isort: split
-from django.http import HttpResponse
+from django.core.exceptions import PermissionDenied
+from django.http import Http404, HttpResponse
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect as dial
 from websockets.typing import Origin
 
-from django_ws import WebSocket, websocket
+from django_ws import (
+    InvalidMessage,
+    WebSocket,
+    WebSocketDisconnect,
+    websocket,
+)
 
 
 class TestReload:
@@ -113,6 +122,25 @@ class TestSentry:
             assert kinds.count("http.server") == 4
 
 
+class TestTenants:
+    @pytest.mark.parametrize("age, place", [(0, ""), (600, ""), (0, "?select=1")])
+    def test_no_row_of_another_tenant(
+        self, postgres: Any, tmp_path: Path, age: int, place: str
+    ) -> None:
+        process = prepare_tenants(postgres, tmp_path, CONN_MAX_AGE=age)
+        names = [f"t{number}" for number in range(30)]
+        with process as server:
+            clients = [
+                server.dial(f"/tenant/{place}", f"{name}.example.com") for name in names
+            ]
+            for client in clients:
+                assert client.recv(20) == "ready"
+            answers = ask_all(clients, "look")
+        assert [answer[0] for answer in answers] == names
+        for own, before, asked, later, asked_later in answers:
+            assert {before, later} <= {None, own} and asked == asked_later == own
+
+
 class TestZoo:
     def test_a_stack_of_everything(self, tmp_path: Path) -> None:
         process = prepare_zoo(tmp_path)
@@ -156,6 +184,39 @@ class TestZoo:
         events = map(json.loads, (tmp_path / "events").read_text().splitlines())
         values = [event["exception"]["values"][-1]["value"] for event in events]
         assert sorted(values) == ["ann", "page", "raise"]
+
+
+class TestCrowds:
+    @pytest.mark.parametrize("implementation", ["websockets-sansio", "wsproto"])
+    def test_a_slow_client_delays_nobody(
+        self, tmp_path: Path, implementation: str
+    ) -> None:
+        needs(implementation.split("-")[0])
+        options = ("--ws", implementation, "--ws-per-message-deflate", "false")
+        command = (*UVICORN, *options, "project:application")
+        with Process(tmp_path, *command) as server:
+            others = server.dial_all(3, "/room/")
+            for client in others:
+                client.recv(20)
+            slow = server.open_raw("/room/")
+            late = []
+            for number in range(600):
+                message = f"{number} " + "x" * 50_000
+                start = time.monotonic()
+                others[0].send(message)
+                for client in others:
+                    assert client.recv(20) == message
+                late.append(time.monotonic() - start)
+            assert max(late) < 2
+            others[0].send("memory")
+            assert seen(others[0]) < 250_000  # KiB
+            slow.settimeout(30)
+            received = b""
+            while struct.pack("!H", 1013) + b"reads too slowly" not in received:
+                part = slow.recv(2**20)
+                assert part, "it was not closed"
+                received = received[-200:] + part
+        assert "Traceback" not in server.output
 
 
 class TestSoak:
@@ -202,6 +263,71 @@ class TestSoak:
 
 
 # Whatever comes
+
+
+CLIENT = [text("a"), text("[1]"), binary(b"b"), binary(b"{}"), text("{"), binary(b"")]
+
+
+ACTIONS: list[tuple[Any, ...]] = [
+    *[("accept",), ("accept", "chat"), ("accept", "other")],
+    *[("accept", None, {"X-A": "1"}), ("accept", None, {"X-A": "\n"})],
+    *[("close",), ("close", 4000, "bye"), ("close", 1005), ("close", 1000, "x" * 200)],
+    *[("send_text", "x"), ("send_text", 1), ("send_bytes", b"x"), ("send_bytes", "x")],
+    *[("send_json", [1]), ("send_json", object()), ("send_json", float("nan"))],
+    *[("receive_text",), ("receive_bytes",), ("receive_json",), ("receive",)],
+    *[("send", {"type": "websocket.accept"}), ("send", {"type": "websocket.close"})],
+    *[("send", {"type": "websocket.send", "text": "x"}), ("send", {"type": "?"})],
+    *[("raise", ValueError()), ("raise", PermissionDenied()), ("raise", Http404())],
+    *[("raise", WebSocketDisconnect()), ("raise", InvalidMessage(1007, "x"))],
+    *[("join", "room"), ("leave", "room"), ("return", HttpResponse("no", status=418))],
+]
+
+
+class TestAnySequence:
+    def test_events_never_break_the_asgi_specification(self) -> None:
+        """The validator around the application says so."""
+        needs("hypothesis")
+        from hypothesis import given
+        from hypothesis import settings as hypothesis_settings
+        from hypothesis import strategies as st
+
+        @hypothesis_settings(max_examples=400, deadline=None, database=None)
+        @given(
+            st.lists(st.sampled_from(CLIENT), max_size=5),
+            st.lists(st.sampled_from(ACTIONS), max_size=8),
+            *[st.booleans()] * 3,
+        )
+        def check(
+            events: Any, actions: Any, strict: bool, denial: bool, catching: bool
+        ) -> None:
+            async def view(socket: WebSocket) -> Any:
+                misuse = (RuntimeError, ValueError, TypeError)
+                for name, *arguments in actions:
+                    try:
+                        if name == "raise":
+                            raise arguments[0]
+                        if name == "return":
+                            return arguments[0]
+                        await getattr(socket, name)(*arguments)
+                    except (WebSocketDisconnect, InvalidMessage, *misuse):
+                        if not catching:
+                            raise
+
+            def prepare(drive: Drive) -> None:
+                async def before(event: Any) -> None:
+                    """A server that raises after the end, as ASGI 2.4 wants."""
+                    if strict and drive.queue.empty():
+                        raise OSError("the client has gone")
+
+                drive.before = before
+
+            extensions: Any = {"websocket.http.response": {}} if denial else {}
+            options: Any = {"subprotocols": ["chat"], "extensions": extensions}
+            play(view, *events, GONE, prepare=prepare, **options)
+            assert not FAILURES
+
+        with without_logs():
+            check()
 
 
 class TestTutorial:
