@@ -390,6 +390,11 @@ class _Endpoint:
             await self.send_text(text)
 
 
+for _method in vars(_Endpoint).values():
+    if is_async(_method):  # a forgotten `await` is reported by this name
+        _method.__qualname__ = f"WebSocket.{_method.__name__}"
+
+
 class _View:
     """The task that runs a view, and how it ends once the connection has ended.
 
@@ -1031,16 +1036,20 @@ def _upgrade_required(request: http.HttpRequest) -> http.HttpResponse:
     # A proxy that does not pass the hop-by-hop Upgrade on still passes the key.
     asked = request.headers.get("Upgrade", "").lower() == "websocket"
     if asked or "Sec-WebSocket-Key" in request.headers:
-        log_response(
-            "The WebSocket handshake for %s arrived as plain HTTP: the server, or "
-            "a proxy in front of it, lacks WebSocket support. Install "
+        why = (
+            "the server, or a proxy in front of it, lacks WebSocket support. Install "
             "uvicorn[standard] or use another ASGI server that speaks WebSocket, wrap "
             "the ASGI application in websockets(), and let proxies pass the headers "
-            "Upgrade and Connection.",
-            request.path,
-            response=response,
-            request=request,
+            "Upgrade and Connection."
         )
+        if request.META.get("SERVER_SOFTWARE", "").startswith("WSGIServer"):
+            why = (
+                "Django's runserver speaks no WebSocket. Run `uvicorn "
+                "project.asgi:application --reload` in its place, or install daphne, "
+                "put 'daphne' first in INSTALLED_APPS and set ASGI_APPLICATION."
+            )
+        text = "The WebSocket handshake for %s arrived as plain HTTP: %s"
+        log_response(text, request.path, why, response=response, request=request)
     return response
 
 
@@ -1757,6 +1766,14 @@ class _Membership:
         return cancelled
 
 
+@functools.cache  # once
+def _warn_that_nobody_hears() -> None:
+    _logger.warning(
+        "A message to a group reached nobody: this process has no sockets in groups, "
+        "and settings.WEBSOCKETS names no REDIS_URL or DATABASE that leads to others."
+    )
+
+
 class _Groups:
     """The groups of one event loop; messages stay in this process."""
 
@@ -1796,6 +1813,8 @@ class _Groups:
             elif loop.is_running() and loop is not asyncio.get_running_loop():
                 heard = heard or group in groups.members
                 asyncio.run_coroutine_threadsafe(groups.deliver(group, message), loop)
+        if not self.loops:
+            _warn_that_nobody_hears()
         await self.deliver(group, message)
         # A view that broadcasts without a pause must not block the event loop.
         await asyncio.sleep(0)

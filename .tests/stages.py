@@ -980,7 +980,7 @@ def served(request: Any, tmp_path_factory: Any) -> Iterator[Served]:
         yield request.param, server
 
 
-def start_project(directory: Path, name: str = "project_name") -> Path:
+def start_project(directory: Path, name: str) -> Path:
     run("python", "-m", "django", "startproject", name, ".", cwd=directory)
     shutil.copy(HERE / "django_ws.py", directory)
     return directory / name
@@ -992,31 +992,98 @@ def readme_blocks(language: str, beginning: str = "") -> list[str]:
     return [block for block in blocks if block.startswith(beginning)]
 
 
+def write_readme(directory: Path, *parts: str) -> None:
+    """Write the files of README's sections with these titles, as their readers do.
+
+    A block whose first line ends with "anew" replaces the file; a diff adds lines.
+    """
+    text = (HERE / "README.md").read_text()
+    for title in parts:
+        [section] = re.findall(rf"^#+ {title}\n(.*?)(?=^##|\Z)", text, re.M | re.S)
+        blocks = r"^```(python|html|diff)\n(.*?)^```$"
+        for language, block in re.findall(blocks, section, re.M | re.S):
+            name = re.match(r"# (\S+\.py)(, anew)?\n", block)
+            if language == "html":
+                templates = directory / "mysite" / "templates"
+                templates.mkdir(exist_ok=True)
+                (templates / "index.html").write_text(block)
+            elif language == "diff":
+                views = directory / "mysite" / "views.py"
+                views.write_text(apply_diff(views.read_text(), block))
+            elif name is not None:
+                file = directory / name[1]
+                with file.open("w" if name[2] else "a") as opened:
+                    opened.write(block)
+
+
+def apply_diff(source: str, diff: str) -> str:
+    """Add the lines with "+", each before the line that follows it."""
+    added = ""
+    for line in diff.splitlines(keepends=True):
+        if line.startswith("+"):
+            added += line[1:]
+        else:
+            assert source.count(line[1:]) == 1, line
+            source = source.replace(line[1:], added + line[1:])
+            added = ""
+    return source
+
+
+# Views of README's sections, which say nothing of their routes.
+README_ROUTES = """
+from django.http import HttpResponse
+from . import notify, orders, recipes
+def order(request):
+    notify.notify(request.user, "ordered")
+    return HttpResponse("1 order")
+urlpatterns += [
+    path("live/", lambda request: HttpResponse(recipes.LIVE)), path("order/", order),
+    websocket("ws/staff/", views.staff_only), websocket("ws/account/", views.account),
+    websocket("ws/room/<slug:name>/", views.Room.as_view()),
+    websocket("ws/talk/<room>/", views.talk), websocket("ws/audit/", views.audit),
+    websocket("ws/clock/", recipes.clock), websocket("ws/live/", recipes.live),
+    websocket("ws/news/<int:last>/", recipes.news),
+    websocket("ws/presence/", recipes.lobby),
+    websocket("ws/limited/", recipes.limited), websocket("ws/orders/", orders.orders),
+]
+"""
+
+
 @functools.cache
 def make_readme_project() -> tuple[Path, list[str]]:
     """Make the project of README's blocks; log two users in."""
+    needs("pydantic")
     directory = pathlib.Path(TEMPORARY.name) / "readme"
     directory.mkdir()
-    project = start_project(directory)
-    (project / "urls.py").unlink()
-    for block in readme_blocks("python"):
-        name = re.match(r"# ((project_name/|test_|conf)\w+\.py)", block)
-        if name:
-            with (directory / name[1]).open("a") as file:
-                file.write(block)
-    run("python", "manage.py", "migrate", "-v0", cwd=directory)
+    start_project(directory, "mysite")
+    titles = [
+        "Tutorial: a chat",
+        "Let users log in",
+        "Test it",
+        "Authenticate",
+        "Groups",
+    ]
+    titles += ["Messages that the view handles", "Recipes", "Test", "Serve"]
+    write_readme(directory, *titles)
+    with (directory / "mysite" / "urls.py").open("a") as file:
+        file.write(README_ROUTES)
+    for command in (["makemigrations", "mysite"], ["migrate"]):
+        run("python", "manage.py", *command, "-v0", cwd=directory)
     login = (
         "from django.contrib.auth.models import User\n"
         "from django.core import signing\n"
         "from django.test import Client\n"
-        "for staff in (False, True):\n"
-        "    user = User.objects.create_user(f'ann{staff}', 'a@b.cd', is_staff=staff)\n"
+        "for name in ('ann', 'staff'):\n"
+        "    user = User.objects.create_user(\n"
+        "        name, 'a@b.cd', 'pass', is_staff=name == 'staff')\n"
         "    client = Client()\n"
         "    client.force_login(user)\n"
         "    print(client.cookies['sessionid'].value)\n"
-        "print(signing.dumps(1, salt='api'), signing.dumps(1, salt='other'))\n"
+        "gone = User.objects.create_user('gone', is_active=False)\n"
+        "print(*[signing.dumps(pk, salt='api') for pk in (1, gone.pk, 99)])\n"
+        "print(signing.dumps(1, salt='other'))\n"
     )
-    command = ("python", "manage.py", "shell", "-v0", "-c", login)
+    command = ["python", "manage.py", "shell", "-v0", "-c", login]
     return directory, run(*command, cwd=directory).split()
 
 
@@ -1025,16 +1092,16 @@ class ReadmeProject:
 
     def __init__(self, directory: Path) -> None:
         made, known = make_readme_project()
-        self.ann, self.staff, self.good_token, self.bad_token = known
+        self.ann, self.staff, self.good_token, *self.bad_tokens = known
         shutil.copytree(made, directory, dirs_exist_ok=True)
         self.directory = directory
 
     def add(self, name: str, *lines: str) -> None:
-        with (self.directory / "project_name" / name).open("a") as file:
-            file.write("\n".join(lines))
+        with (self.directory / "mysite" / name).open("a") as file:
+            file.write("\n".join(lines) + "\n")
 
     def serve(self) -> Process:
-        return Process(self.directory, *UVICORN, "project_name.asgi:application")
+        return Process(self.directory, *UVICORN, "mysite.asgi:application")
 
 
 def session(value: str) -> dict[str, Any]:
