@@ -639,6 +639,7 @@ class TestReadme:
         assert "python .ci/benchmark.py" in speed and speed.count("| 1.00 (") == 10
         changes = readme.split("### Changes\n\n")[1]
         assert changes.startswith(f"{django_ws.__version__} (")
+        assert "python .ci/limits.py" in readme and readme.count("| PostgreSQL, ") == 3
         assert "MIT License" in readme
         source = (HERE / "django_ws.py").read_text()
         assert source.startswith("# SPDX-License-Identifier: MIT")
