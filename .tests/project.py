@@ -1276,3 +1276,115 @@ def zoo_page(request: HttpRequest) -> HttpResponse:
         backend = "django.contrib.auth.backends.ModelBackend"
         login(request, User.objects.get(username=who), backend)
     return HttpResponse(f"<body>{len(open_sockets)} open</body>")
+
+
+# The origins of handshakes: Origin, Host, settings, and the status of the answer.
+TRUSTED: dict[str, Any] = {"CSRF_TRUSTED_ORIGINS": ["https://app.org"]}
+WILDCARD: dict[str, Any] = {"CSRF_TRUSTED_ORIGINS": ["https://*.app.org"]}
+LOCAL: dict[str, Any] = {"ALLOWED_HOSTS": [], "DEBUG": True}
+ANY: dict[str, Any] = {"ALLOWED_HOSTS": ["*"]}
+CHECKED: dict[str, Any] = {"MIDDLEWARE": [COMMON]}
+SECURE: dict[str, Any] = {"scheme": "wss"}
+
+
+PORTS: dict[str, Any] = {
+    "CSRF_TRUSTED_ORIGINS": ["https://app.org:8443", "https://*.app.net:8443"]
+}
+
+
+PROXIED: dict[str, Any] = {
+    "more": [(b"x-forwarded-host", b"example.com"), (b"x-forwarded-proto", b"https")]
+}
+
+
+BY_PROTO = {**PROXIED, "SECURE_PROXY_SSL_HEADER": ("HTTP_X_FORWARDED_PROTO", "https")}
+BY_BOTH = {**BY_PROTO, "USE_X_FORWARDED_HOST": True}
+SPOOFED = {"more": [(b"x_forwarded_proto", b"https")]}
+
+
+#: The Origin, the Host, options, and the status of the answer; among them are what the
+#: tests of Django (csrf_tests) and of Channels (security) ask. Channels lets every
+#: origin in at ALLOWED_HOSTS = ["*"], and nobody without one: we do not.
+ORIGINS: list[tuple[str | None, str, dict[str, Any], int]] = [
+    # This site, and clients that are no browsers.
+    ("http://example.com", "example.com", {}, 101),
+    ("http://example.com:8000", "example.com:8000", {}, 101),
+    ("http://127.0.0.1", "127.0.0.1", {}, 101),
+    ("http://[::1]:8000", "[::1]:8000", {}, 101),
+    ("http://chat.example.com", "chat.example.com", {}, 101),
+    (None, "example.com", {}, 101),
+    # Other ports, schemes and hosts.
+    ("http://example.com:8001", "example.com:8000", {}, 403),
+    ("http://example.com", "example.com:8000", {}, 403),
+    ("http://example.com:80", "example.com", {}, 403),
+    ("https://example.com", "example.com", {}, 403),
+    ("ws://example.com", "example.com", {}, 403),
+    ("http://evil.org", "example.com", {}, 403),
+    ("http://chat.example.com", "example.com", {}, 403),
+    ("http://example.com.evil.org", "example.com", {}, 403),
+    ("http://evilexample.com", "example.com", {}, 403),
+    ("http://example.co", "example.com", {}, 403),
+    ("http://example.com@evil.org", "example.com", {}, 403),
+    ("http://evil.org/http://example.com", "example.com", {}, 403),
+    ("http://example.com/", "example.com", {}, 403),
+    ("http://[::2]:8000", "[::1]:8000", {}, 403),
+    # What is no origin.
+    ("null", "example.com", {}, 403),
+    ("", "example.com", {}, 403),
+    ("example.com", "example.com", {}, 403),
+    ("http://", "example.com", {}, 403),
+    ("http://[", "example.com", {}, 403),
+    ("http://[::1", "[::1]", {}, 403),
+    ("http://example.com, http://evil.org", "example.com", {}, 403),
+    ("*", "example.com", {}, 403),
+    ("file://", "example.com", {}, 403),
+    # Browsers write schemes and hosts in lower case; Django compares as is.
+    ("HTTP://EXAMPLE.COM", "example.com", {}, 403),
+    # CSRF_TRUSTED_ORIGINS.
+    ("https://app.org", "example.com", TRUSTED, 101),
+    ("http://app.org", "example.com", TRUSTED, 403),
+    ("https://a.app.org", "example.com", TRUSTED, 403),
+    ("https://a.app.org", "example.com", WILDCARD, 101),
+    ("https://a.b.app.org", "example.com", WILDCARD, 101),
+    ("http://a.app.org", "example.com", WILDCARD, 403),
+    ("https://evilapp.org", "example.com", WILDCARD, 403),
+    ("https://a.app.org:8443", "example.com", WILDCARD, 403),
+    ("null", "example.com", WILDCARD, 403),
+    ("https://app.org", "example.com", WILDCARD, 101),  # the apex, as in Django
+    ("https://app.org:8443", "example.com", PORTS, 101),
+    ("https://app.org", "example.com", PORTS, 403),
+    ("https://a.app.net:8443", "example.com", PORTS, 101),
+    ("https://a.app.net", "example.com", PORTS, 403),
+    # Over TLS.
+    ("https://example.com", "example.com", SECURE, 101),
+    ("http://example.com", "example.com", SECURE, 403),
+    ("wss://example.com", "example.com", SECURE, 403),
+    ("https://example.com:443", "example.com", SECURE, 403),
+    ("https://example.com", "example.com:443", SECURE, 403),
+    ("http://a.app.org", "example.com", {**SECURE, **WILDCARD}, 403),
+    ("https://a.app.org", "example.com", {**SECURE, **WILDCARD}, 101),
+    (None, "example.com", SECURE, 101),
+    # Behind a proxy, and pretending it.
+    ("https://example.com", "127.0.0.1:8000", BY_BOTH, 101),
+    ("https://example.com", "127.0.0.1:8000", BY_PROTO, 403),
+    ("https://example.com", "127.0.0.1:8000", PROXIED, 403),
+    ("https://example.com", "example.com", {**BY_PROTO, **SPOOFED}, 403),
+    # Headers that come twice, and those that are no ASCII.
+    ("http://example.com", "example.com", {"more": [(b"origin", b"http://a.b")]}, 403),
+    ("http://example.com", "example.com", {"more": [(b"host", b"evil.org")]}, 400),
+    ("\xff\xfe", "example.com", {}, 403),
+    (None, "ex mple.com", {}, 400),
+    ("https://www.evil.org", "@malformed", {}, 400),
+    # The Host; a rebinding attempt names a foreign one in both.
+    (None, "evil.org", {}, 400),
+    (None, "evil.org", CHECKED, 400),
+    ("http://evil.org", "evil.org", {}, 400),
+    ("http://evil.org", "evil.org", CHECKED, 400),
+    ("https://app.org", "evil.org", TRUSTED, 400),
+    ("http://example.com", "example.com:bad", {}, 400),
+    ("http://localhost", "localhost", LOCAL, 101),
+    ("http://evil.org", "evil.org", LOCAL, 400),
+    ("http://evil.org", "localhost", LOCAL, 403),
+    ("http://any.org", "any.org", ANY, 101),
+    ("http://evil.org", "any.org", ANY, 403),
+]

@@ -423,7 +423,7 @@ class TestReadme:
                 {**metrics, "deviceScaleFactor": 1},
             )
             assert browser.execute_script(width)
-            client = server.dial("/ws/lobby/")
+            client = server.dial("/ws/chat/lobby/")
             client.send(b"rubbish")
             assert closed_with(client)[0] == 1003
         status = browser.find_element("css selector", "[role=status]")
@@ -878,6 +878,7 @@ class TestReadme:
         assert "python .ci/benchmark.py" in speed and speed.count("| 1.00 (") == 5
         changes = readme.split("## Changes\n\n")[1]
         assert changes.startswith(f"{django_ws.__version__} (")
+        assert "python .ci/limits.py" in readme and readme.count("| PostgreSQL, ") == 3
         assert "MIT License" in readme
         source = (HERE / "django_ws.py").read_text()
         assert source.startswith("# SPDX-License-Identifier: MIT")
