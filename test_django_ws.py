@@ -654,6 +654,13 @@ class TestMessages:
                 await here.send_json(data, binary=True)
                 assert await there.receive_bytes() == expected.encode()
 
+    @asynchronous
+    async def test_a_forgotten_await_is_told_by_its_public_name(
+        self, socket: Any
+    ) -> None:
+        with pytest.warns(RuntimeWarning, match="'WebSocket.send_text' was never"):
+            socket.send_text("x")
+
     def test_every_kind_crosses_the_wire(self, ws: str, caplog: Log) -> None:
         """And send_json() can send what receive_json() gave."""
 
@@ -2773,6 +2780,19 @@ class TestGroups:
         assert [drive.code for drive in drives[:2]] == [4008, 1008]
         assert drives[2].tried == 3  # accept, "joined" and one close
         assert drives[0].sent[-1]["reason"] == "why" and quiet(caplog)
+
+    def test_who_can_reach_nobody_is_told_once(self) -> None:
+        """In `manage.py shell`, say, or in a second worker without a service."""
+        script = (
+            "import project; from asgiref.sync import async_to_sync\n"
+            "for n in range(2):\n"
+            "    print(async_to_sync(project.broadcast)('room', 'x'))\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE / '.tests'}"}
+        more: Any = {"capture_output": False, "stdout": -1, "stderr": -2}
+        told = run("python", "-c", script, env=environment, **more)
+        assert told.count("reached nobody: this process has no sockets") == 1
+        assert told.count("False") == 2
 
     def test_on_the_wire(self, ws: str, caplog: Log) -> None:
         async def chat(socket: WebSocket) -> None:

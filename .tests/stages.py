@@ -61,7 +61,14 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as dial
 
-from django_ws import WebSocket, WebSocketDenied, connect, websocket, websockets
+from django_ws import (
+    WebSocket,
+    WebSocketDenied,
+    broadcast,
+    connect,
+    websocket,
+    websockets,
+)
 
 CI = bool(os.environ.get("CI"))
 Log = pytest.LogCaptureFixture
@@ -234,6 +241,8 @@ def failures() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def database() -> None:
     call_command("migrate", verbosity=0)
+    with without_logs():  # the warning that comes once shall be in no test's log
+        asyncio.run(broadcast("nobody", "x"))
 
 
 @pytest.fixture

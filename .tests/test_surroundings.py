@@ -462,7 +462,7 @@ class TestReadme:
                 )
                 wait_for(lambda: status[0].text == "connected")
             wait_for(
-                lambda: redis.ask("pubsub", "numsub", "django_ws:lobby")[-2] == "2"
+                lambda: redis.ask("pubsub", "numsub", "django_ws:chat-lobby")[-2] == "2"
             )
             say(browser, "from the second")
             browser.switch_to.window(browser.window_handles[-2])
@@ -476,7 +476,7 @@ class TestReadme:
             "views.py",
             "from django.http import HttpResponse",
             "def close(request):",
-            "    async_to_sync(close_group)('lobby', 4001)",
+            "    async_to_sync(close_group)('chat-lobby', 4001)",
             "    return HttpResponse()",
         )
         with readme.serve() as server:
