@@ -1883,6 +1883,7 @@ class _SharedGroups(_Groups):
     """
 
     service: str  # its name
+    SILENT: str  # what its silence means
     # Seconds of silence after which the service is asked whether it is still there, and
     # the bounds between which the pause before a new connection doubles.
     SILENCE = 15.0
@@ -1890,7 +1891,9 @@ class _SharedGroups(_Groups):
 
     # What each service adds.
     connect: Any  # returns an async context manager: a connection that listens
-    read: Any  # delivers what the connection receives
+    get_messages: Any  # waits for what the connection receives, for SILENCE at most
+    receive: Any  # delivers one of those
+    ping: Any  # lets the connection receive something
     change: Any  # subscribes to some groups, unsubscribes from others, confirms joins
     pack: Any  # returns a group's message as the service takes it
     publish_in_thread: Any  # publishes that, in synchronous code
@@ -1958,6 +1961,20 @@ class _SharedGroups(_Groups):
     def start_over(self) -> list[asyncio.Future[None]]:
         """Return everyone who waits for a confirmation."""
         return self.joining
+
+    async def read(self, connection: Any) -> None:
+        """Handle what comes; after a silence, ask whether the service is there."""
+        silences = 0
+        while silences < 2:
+            messages = await self.get_messages(connection)
+            for message in messages:
+                await self.receive(message)
+            silences = 0 if messages else silences + 1
+            if silences == 1:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self.SILENCE):
+                        await self.ping(connection)
+        raise ConnectionError(self.SILENT)
 
     async def follow(self, connection: Any) -> None:
         """Tell the service which groups have sockets here."""
@@ -2032,6 +2049,7 @@ class _RedisGroups(_SharedGroups):
     """Groups by Redis's publish/subscribe."""
 
     service = "Redis"
+    SILENT = "it does not answer"
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
@@ -2071,18 +2089,12 @@ class _RedisGroups(_SharedGroups):
         if old:
             await pubsub.unsubscribe(*map(self.channel, old))
 
-    async def read(self, pubsub: Any) -> None:
-        """Handle what Redis sends; after a silence, ask whether it is still there."""
-        asked = False
-        while True:
-            message = await pubsub.get_message(timeout=self.SILENCE)
-            if message is not None:
-                await self.receive(message)
-            elif asked:
-                raise ConnectionError("Redis does not answer")
-            else:
-                await pubsub.ping()
-            asked = message is None
+    async def get_messages(self, pubsub: Any) -> list[Any]:
+        message = await pubsub.get_message(timeout=self.SILENCE)
+        return [] if message is None else [message]
+
+    async def ping(self, pubsub: Any) -> None:
+        await pubsub.ping()
 
     async def receive(self, message: dict[str, Any]) -> None:
         if message["type"] == "subscribe":
@@ -2129,6 +2141,8 @@ class _PostgresGroups(_SharedGroups):
     """Groups by PostgreSQL's LISTEN and NOTIFY, on one channel for all groups."""
 
     service = "PostgreSQL"
+    SILENT = "it does not answer, or a pooler is not in session mode"
+    PING = "ping"
     uses_django = True
     NOTIFY = "SELECT pg_notify(%s, %s)"
     LIMIT = 7999  # bytes of a payload (PostgreSQL, "NOTIFY")
@@ -2171,31 +2185,22 @@ class _PostgresGroups(_SharedGroups):
     async def change(self, connection: Any, new: set[str], old: set[str]) -> None:
         self.confirm(self.take_joining())  # the connection listens for all groups
 
-    async def read(self, connection: Any) -> None:
-        """Handle what PostgreSQL sends; after a silence, ask whether it still does."""
-        notifications = connection.notifies()
-        while True:
-            try:
-                async with asyncio.timeout(self.SILENCE):
-                    notification = await anext(notifications)
-            except TimeoutError:
-                await self.check(connection)
-                notifications = connection.notifies()
-            else:
-                await self.receive(notification.payload)
-
-    async def check(self, connection: Any) -> None:
-        command = "SELECT %s IN (SELECT pg_listening_channels())"
+    async def get_messages(self, connection: Any) -> list[str]:
+        notifications = connection.notifies(stop_after=1)
         try:
             async with asyncio.timeout(self.SILENCE):
-                cursor = await connection.execute(command, [self.prefix])
-                [listens] = await cursor.fetchone()
-        except TimeoutError as error:
-            raise ConnectionError("PostgreSQL does not answer") from error
-        if not listens:  # behind a pooler that changed the connection
-            raise ConnectionError("LISTEN needs a pooler in session mode, or none")
+                return [one.payload async for one in notifications]
+        except TimeoutError:
+            return []
+
+    async def ping(self, connection: Any) -> None:
+        # By another connection: behind some poolers this one hears only itself.
+        async with self.lock:
+            await self.notify(self.PING)
 
     async def receive(self, payload: str) -> None:
+        if payload == self.PING:
+            return
         try:
             (_, group, kind), end = json.JSONDecoder().raw_decode(payload)
             body: Any = payload[end:]
