@@ -89,6 +89,7 @@ Receive = abc.Callable[[], abc.Awaitable[Event]]
 Send = abc.Callable[[Event], abc.Awaitable[None]]
 Application = abc.Callable[[Scope, Receive, Send], abc.Coroutine[Any, Any, None]]
 View = abc.Callable[..., Any]
+Handler = abc.Callable[[Any], abc.Awaitable[Any]]
 Headers = abc.Mapping[Any, str | bytes] | abc.Iterable[tuple[str | bytes, str | bytes]]
 
 
@@ -402,21 +403,28 @@ class _View:
     cancels its asynchronous HTTP views. Otherwise it has `grace` seconds to clean up.
     """
 
-    __slots__ = "grace", "task", "told", "asker", "timer", "context", "error"
+    __slots__ = (
+        *("grace", "task", "told", "asker", "knows", "timer", "context"),
+        *("handling", "error"),
+    )
 
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.task: asyncio.Future[Any] | None = None  # None before and after it runs
         self.told = 0  # how often in a row a task of the view was told of the end
         self.asker = 0  # the identity of that task
+        self.knows = False  # whether a task was told that runs no handlers
         self.timer: asyncio.TimerHandle | None = None  # for the next cancellation
-        # That of the socket; whoever broadcasts has another.
+        # The view's; group messages are sent in it, not in the broadcaster's.
         self.context: contextvars.Context | None = None
-        self.error: BaseException | None = None  # what a handler of a group raised
+        self.handling: asyncio.Task[None] | None = None  # runs the handlers of groups
+        self.error: BaseException | None = None  # what one of them raised
 
     def tell(self) -> None:
         """Count that a task was told of the end; cancel a view that keeps asking."""
-        asker = id(asyncio.current_task())
+        task = asyncio.current_task()
+        self.knows = self.knows or task is not self.handling
+        asker = id(task)
         self.told = self.told + 1 if asker == self.asker else 1
         self.asker = asker
         if self.told > 10 and self.task is not None:
@@ -425,7 +433,7 @@ class _View:
     def end(self, will_be_told: bool) -> None:
         """Cancel the view, now or later, because the connection has ended."""
         if self.task is not None:
-            if not (self.told or will_be_told):
+            if not (self.knows or will_be_told):
                 self.cancel()
             elif self.timer is None:
                 self.cancel_later()
@@ -592,7 +600,7 @@ class WebSocket(_Endpoint):
         self._timer: asyncio.TimerHandle | None = None
         self._view = _View(self.GRACE)  # the task of the view
         self._sends = 0  # how many messages the view has sent
-        self._membership: Any = None  # in groups; None until the first join()
+        self._membership: Any = None  # its groups; None until the first join()
         self._outbox: _Outbox | None = None  # None until something was put there
 
     def __getattr__(self, name: str) -> Any:
@@ -909,19 +917,14 @@ class WebSocket(_Endpoint):
 
     def _fail(self, error: BaseException) -> None:
         """End the view as if it had raised what a handler of a group raised."""
-        runs = self._state == "open" and self._view.task is not None
-        if runs or not isinstance(error, WebSocketDisconnect):
+        if self._state == "open" and self._view.task is not None:
             self._view.error = error
-        if runs:
             self._view.cancel()
+        elif not isinstance(error, WebSocketDisconnect):
+            self._view.error = error  # the view ends anyway; this is reported
 
-    async def _run(
-        self, view: abc.Awaitable[Any]
-    ) -> tuple[asyncio.Future[Any], BaseException | None, bool]:
-        """Run the view in a task.
-
-        Return that, what a handler of a group raised, and whether the server cancelled.
-        """
+    async def _run(self, view: abc.Awaitable[Any]) -> tuple[Any, bool]:
+        """Run the view; return its result, and whether the server cancelled it."""
         self._view.context = contextvars.copy_context()
         loop = asyncio.get_running_loop()
         if inspect.iscoroutine(view):  # never eager: it would run before the next line
@@ -953,7 +956,8 @@ class WebSocket(_Endpoint):
         if self._ahead is not None and self._ahead.task is not None:
             self._ahead.task.cancel()
             self._ahead.task = None
-        return task, error, cancelled
+        unexpected = not cancelled and self._state in ("connecting", "open")
+        return _get_result(task, error, unexpected), cancelled
 
     def _abandon(self) -> None:
         """Note that the server has gone, unless the connection had ended before."""
@@ -961,46 +965,41 @@ class WebSocket(_Endpoint):
         if self._outbox is not None:
             self._outbox.cancel()
 
-    async def join(
-        self, group: str, handler: abc.Callable[[Any], Any] | None = None
-    ) -> None:
+    async def join(self, group: str, handler: Handler | None = None) -> None:
         """Put the socket into a group (str) until it leaves or ends.
 
-        Everything sent to the group after `join()` has returned arrives: at the client
-        or, with a `handler` (an async callable), there: `await handler(message)` gets
-        what `broadcast()` was given, JSON as data. Messages are handled one after
-        another, in order, beside the view, in the context of `join()`. What a handler
-        raises ends the view as if the view had raised it. One for which more bytes wait
-        than WEBSOCKETS["OUTBOX"] closes the socket with 1013.
+        Messages sent to the group once `join()` has returned go to the client or, with
+        a `handler` (an async callable), to that: `await handler(message)` gets str,
+        bytes or, for JSON, the data. Handlers run beside the view, one message at a
+        time, in order, in the context of the socket's last `join()`. What a handler
+        raises ends the view as if the view had raised it. If more bytes than
+        WEBSOCKETS["OUTBOX"] wait for handlers, the socket is closed with 1013.
 
-        Joining again only changes the handler. With Redis or PostgreSQL it waits until
-        that has confirmed, however long it is down. Cancelling it is safe; `leave()`
-        undoes it.
+        Joining again only changes the handler. With Redis or PostgreSQL, `join()` waits
+        until the service has confirmed it, however long the service is away; messages
+        sent meanwhile are lost. Cancelling it is safe; `leave()` undoes it.
 
         Raises `RuntimeError` before `accept()`, `WebSocketDisconnect` after the end,
-        `TypeError` for a handler that is not asynchronous.
+        `TypeError` for a name that is not str or a handler that is not asynchronous.
         """
         if handler is not None and not _is_async(handler):
-            name = getattr(handler, "__qualname__", repr(handler))
-            raise TypeError(
-                f"a group's handler is asynchronous: 'async def' for {name}"
-            )
+            raise TypeError(f"write 'async def' for the group's handler {handler!r}")
         if self._state == "connecting":
             await self._raise_misuse("call accept() before join()")
         if self._state != "open" or self._view.task is None:  # a task outlived the view
             await self._raise_disconnect()
-        groups = _groups(group)
-        self._membership = self._membership or _Membership()
-        self._membership.context = contextvars.copy_context()
-        self._membership.groups[group] = groups
-        await groups.join(group, self, handler)
-        await asyncio.sleep(0)
+        groups = _get_groups(group)
+        membership = self._membership = self._membership or _Membership()
+        membership.context = contextvars.copy_context()
+        membership.groups[group] = groups, handler
+        await groups.join(group, self)
+        await asyncio.sleep(0)  # a view that joins in a loop must not block
 
     async def leave(self, group: str) -> None:
         """Take the socket out of a group (str), if it is in it.
 
-        What waits for the group's handler is dropped. Cancelling it is safe. It raises
-        nothing, not even after the end.
+        Messages that wait for the group's handler are dropped; a call under way is not
+        interrupted. Cancelling it is safe. It raises nothing, not even after the end.
         """
         if self._membership is not None:
             self._membership.leave(group, self)
@@ -1410,13 +1409,10 @@ class WebSocketHandler(base.BaseHandler):
         _run_sync_code_in(executor)
         try:
             if inspect.isawaitable(result):
-                task, error, cancelled = await socket._run(result)
+                result, cancelled = await socket._run(result)
                 if cancelled:
-                    result = _get_result(task, error, unexpected=False)
                     await self.get_close(socket, result)  # logs it
                     raise asyncio.CancelledError
-                unexpected = socket._state in ("connecting", "open")
-                result = _get_result(task, error, unexpected)
             if socket._state == "connecting":
                 if result is None:
                     _logger.warning(
@@ -1656,9 +1652,6 @@ def _tend_connections(end: bool) -> None:
 # Groups
 
 
-Handler = abc.Callable[[Any], abc.Awaitable[Any]]
-
-
 class _GroupMessage(NamedTuple):
     """What is sent to a group: a message, or a close."""
 
@@ -1667,7 +1660,7 @@ class _GroupMessage(NamedTuple):
     spread: float = 0.0  # seconds over which a close reaches the members
 
     def value(self) -> Any:
-        """Return a message as a handler gets it; JSON is its own to change."""
+        """Return a message as a handler gets it, which may change the data of JSON."""
         if "bytes" in self.event:
             return self.event["bytes"]
         return _decode_json(self.event["text"]) if self.is_json else self.event["text"]
@@ -1676,40 +1669,55 @@ class _GroupMessage(NamedTuple):
 class _Membership:
     """The groups that a socket is in, and what waits for their handlers."""
 
-    __slots__ = "groups", "messages", "size", "task", "busy", "timer", "context"
+    __slots__ = "groups", "messages", "size", "busy", "timer", "context"
 
     def __init__(self) -> None:
-        self.groups: dict[str, _Groups] = {}  # by name
-        self.context = contextvars.Context()  # for handlers: that of the last join()
+        self.groups: dict[str, tuple[_Groups, Handler | None]] = {}  # by name
         # The groups' names, and their messages.
         self.messages: deque[tuple[str, _GroupMessage]] = deque()
         self.size = 0  # of the messages, in bytes
-        self.task: asyncio.Task[None] | None = None  # runs the handlers
         self.busy = False  # whether a handler runs
         self.timer: asyncio.TimerHandle | None = None  # closes if handlers do not end
+        self.context = contextvars.Context()  # for handlers: that of the last join()
 
     def leave(self, group: str, socket: WebSocket) -> None:
         if group in self.groups:
-            self.groups.pop(group).leave(group, socket)
-            waiting = list(self.messages)
+            groups, _ = self.groups.pop(group)
+            groups.leave(group, socket)
+            waiting = [one for one in self.messages if one[0] != group]
+            timer = self.timer
             self.clear()
             for name, message in waiting:
-                if name != group:
-                    self.put(name, socket, message)
+                self.put(name, socket, message, timer)
 
-    def put(self, group: str, socket: WebSocket, message: _GroupMessage) -> None:
-        """Let the group's handler have a message, or close after it had all others."""
+    def deliver(self, group: str, socket: WebSocket, message: _GroupMessage) -> None:
+        """Send a message to the client, or queue it for the group's handler."""
+        groups, handler = self.groups[group]
+        # Without a handler now, it still comes after what waited for the last one.
+        if handler or any(name == group for name, _ in self.messages):
+            self.put(group, socket, message)
+        else:
+            socket._deliver(message.event, groups.limit)
+
+    def put(
+        self,
+        group: str,
+        socket: WebSocket,
+        message: _GroupMessage,
+        timer: asyncio.TimerHandle | None = None,
+    ) -> None:
+        """Queue a message, or a close behind all messages, for a while at most."""
         loop = asyncio.get_running_loop()
         self.messages.append((group, message))
         self.size += _size_of(message.event)
-        if self.task is None:
-            # A copy, for while a handler runs, nothing else could enter its context.
-            context = self.context.copy()
-            self.task = asyncio.Task(self.handle(socket), loop=loop, context=context)
+        if socket._view.handling is None:
+            about: Any = {"loop": loop, "context": self.context}
+            socket._view.handling = asyncio.Task(self.handle(socket), **about)
         if message.event["type"] == "websocket.close":
             close = functools.partial(socket._deliver, message.event)
-            self.timer = self.timer or loop.call_later(socket.FLUSH, close)
-        elif self.busy and self.size > self.groups[group].limit:
+            end = timer.when() if timer else loop.time() + socket.FLUSH
+            self.timer = self.timer or loop.call_at(end, close)
+        elif self.busy and self.size > self.groups[group][0].limit:
             self.clear()
             slow = "messages are handled too slowly"
             socket._deliver(_close_event(CloseCode.TRY_AGAIN_LATER, slow))
@@ -1724,24 +1732,28 @@ class _Membership:
 
     async def handle(self, socket: WebSocket) -> None:
         """Let the handlers have the messages, one after another."""
+        task: Any = asyncio.current_task()
         try:
             while self.messages and socket.connected:
                 group, message = self.messages.popleft()
                 self.size -= _size_of(message.event)
-                self.busy = True
-                await self.groups[group].handle(group, socket, message)
-                self.busy = False
+                groups, handler = self.groups[group]
+                if handler is None or message.event["type"] == "websocket.close":
+                    socket._deliver(message.event, groups.limit)
+                else:
+                    self.busy = True
+                    await handler(message.value())
+                    self.busy = False
                 await asyncio.sleep(0)  # handlers that never wait must not block
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and not task.cancelling():
+            if not task.cancelling():
                 why = "a group's handler awaited something that was cancelled"
                 self.fail(socket, RuntimeError(why))
         except BaseException as error:  # pytest.fail() raises no Exception
             self.fail(socket, error)
         finally:
             self.clear()
-            self.task, self.busy = None, False
+            socket._view.handling, self.busy = None, False
 
     def fail(self, socket: WebSocket, error: BaseException) -> None:
         self.leave_all(socket)
@@ -1749,14 +1761,13 @@ class _Membership:
 
     def leave_all(self, socket: WebSocket) -> None:
         self.clear()
-        while self.groups:
-            group, groups = self.groups.popitem()
-            groups.leave(group, socket)
+        for group in tuple(self.groups):
+            self.leave(group, socket)
 
     async def end(self, socket: WebSocket) -> bool:
         """Leave all groups, end the handler; return whether the server cancelled."""
         self.leave_all(socket)
-        task, cancelled = self.task, False
+        task, cancelled = socket._view.handling, False
         while task is not None and not task.done():
             task.cancel()  # again and again, as for the view
             try:
@@ -1784,13 +1795,13 @@ class _Groups:
         self.limit: int = options["OUTBOX"]
         # The sockets of each group, in the order in which they joined: messages that
         # overtake each other within a large group would reach members out of order.
-        self.members: dict[str, dict[WebSocket, Handler | None]] = {}
+        self.members: dict[str, dict[WebSocket, None]] = {}
         self.closing: set[asyncio.Task[None]] = set()  # groups, over some seconds
 
-    async def join(self, group: str, socket: WebSocket, handler: Any) -> None:
+    async def join(self, group: str, socket: WebSocket) -> None:
         """Add a socket; what is published from now on reaches it."""
         self.loops[asyncio.get_running_loop()] = self
-        self.members.setdefault(group, {})[socket] = handler
+        self.members.setdefault(group, {})[socket] = None
 
     def leave(self, group: str, socket: WebSocket) -> None:
         """Remove a socket; an empty group leaves no trace."""
@@ -1801,17 +1812,21 @@ class _Groups:
         if not self.members:
             self.loops.pop(asyncio.get_running_loop(), None)
 
+    def has_members(self, group: str) -> bool:
+        """Return whether any loop of this process has sockets in the group."""
+        loops = list(self.loops.items())
+        return any(loop.is_running() and group in one.members for loop, one in loops)
+
     async def publish(self, group: str, message: _GroupMessage) -> bool | None:
         """Send a message to the group's sockets, whichever loop they are on.
 
         Return whether there were any, or None if that is not known.
         """
-        heard = group in self.members
+        heard = self.has_members(group)
         for loop, groups in list(self.loops.items()):
             if loop.is_closed():
                 self.loops.pop(loop, None)
             elif loop.is_running() and loop is not asyncio.get_running_loop():
-                heard = heard or group in groups.members
                 asyncio.run_coroutine_threadsafe(groups.deliver(group, message), loop)
         if not self.loops:
             _warn_that_nobody_hears()
@@ -1825,52 +1840,35 @@ class _Groups:
         members = self.members.get(group, {})
         if message.spread:
             # It outlives who asked for it, so it must not run in that context.
-            context = contextvars.Context()
             slowly = self.close_slowly(group, message)
-            task = asyncio.create_task(slowly, context=context)
+            task = asyncio.create_task(slowly, context=contextvars.Context())
             self.closing.add(task)
             return task.add_done_callback(self.closing.discard)
         # Those who are members now, except for those who leave before their turn.
         waiting = filter(members.__contains__, tuple(members))
         try:
             for number, socket in enumerate(waiting, 1):
-                self.hand_over(group, socket, message)
+                socket._membership.deliver(group, socket, message)
                 if not number % 250:
                     await asyncio.sleep(0)  # a large group must not block other sockets
         finally:
             for socket in waiting:  # the sender was cancelled
-                self.hand_over(group, socket, message)
-
-    def hand_over(self, group: str, socket: WebSocket, message: _GroupMessage) -> None:
-        if self.members[group][socket] is None:
-            socket._deliver(message.event, self.limit)
-        else:
-            socket._membership.put(group, socket, message)
-
-    async def handle(
-        self, group: str, socket: WebSocket, message: _GroupMessage
-    ) -> None:
-        """Let the group's handler of a socket have a message."""
-        handler = self.members[group][socket]
-        if handler is None or message.event["type"] == "websocket.close":
-            socket._deliver(message.event, self.limit)
-        else:
-            await handler(message.value())
+                socket._membership.deliver(group, socket, message)
 
     async def close_slowly(self, group: str, message: _GroupMessage) -> None:
         """Close those who are members now, at times spread evenly."""
-        # No socket that ends by itself is kept until its time has come.
+        # A socket that ends meanwhile is not kept in memory.
         members = [weakref.ref(socket) for socket in self.members.get(group, {})]
         loop = asyncio.get_running_loop()
         start = loop.time()
         for number, reference in enumerate(members):
-            # At random within its share, for other servers have members, too.
+            # At a random moment of its share: other servers have members, too.
             share = (number + random.random()) / len(members)
             await asyncio.sleep(start + share * message.spread - loop.time())
             socket = reference()
             if socket is not None and socket in self.members.get(group, {}):
-                self.hand_over(group, socket, message)
-            del socket
+                socket._membership.deliver(group, socket, message)
+            del socket  # not kept while this sleeps
 
 
 _at_fork(after_in_child=_Groups.loops.clear)  # a child has none of its parent's loops
@@ -1894,7 +1892,7 @@ class _SharedGroups(_Groups):
     get_messages: Any  # waits for what the connection receives, for SILENCE at most
     receive: Any  # delivers one of those
     ping: Any  # lets the connection receive something
-    change: Any  # subscribes to some groups, unsubscribes from others, confirms joins
+    change: Any  # subscribes to groups, unsubscribes from others, confirms joins
     pack: Any  # returns a group's message as the service takes it
     publish_in_thread: Any  # publishes that, in synchronous code
     publish_on_loop: Any  # the same, on connections that stop_publishing() closes
@@ -1910,10 +1908,12 @@ class _SharedGroups(_Groups):
         # joins them.
         self.changed: set[str] = set()
         self.joining: list[asyncio.Future[None]] = []
+        # Joins of which the service was told: a list for each answer that it owes.
+        self.unconfirmed: deque[list[asyncio.Future[None]]] = deque()
         self.wake = asyncio.Event()
 
-    async def join(self, group: str, socket: WebSocket, handler: Any) -> None:
-        await super().join(group, socket, handler)
+    async def join(self, group: str, socket: WebSocket) -> None:
+        await super().join(group, socket)
         loop = asyncio.get_running_loop()
         confirmed = loop.create_future()
         self.joining.append(confirmed)
@@ -1946,21 +1946,24 @@ class _SharedGroups(_Groups):
                     self.pause = min(max(2 * self.pause, least), most)
                     await asyncio.sleep(self.pause * random.uniform(0.5, 1))
         finally:  # also when the loop ends
-            self.listener = None
-            self.complete(self.start_over())  # all have left again
+            self.listener, self.pause = None, 0.0
+            self.confirm(self.take_joins())  # all have left again
             await self.stop_publishing()
 
     async def listen_once(self) -> None:
-        self.joining = [one for one in self.start_over() if not one.done()]
+        self.joining = [one for one in self.take_joins() if not one.done()]
         self.changed = set(self.members)
         async with self.connect() as connection, asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(self.read(connection))
             await self.follow(connection)
             reader.cancel()
 
-    def start_over(self) -> list[asyncio.Future[None]]:
-        """Return everyone who waits for a confirmation."""
-        return self.joining
+    def take_joins(self) -> list[asyncio.Future[None]]:
+        """Return all joins that wait, and forget them."""
+        joins = sum(self.unconfirmed, self.joining)
+        self.joining = []
+        self.unconfirmed.clear()
+        return joins
 
     async def read(self, connection: Any) -> None:
         """Handle what comes; after a silence, ask whether the service is there."""
@@ -1980,27 +1983,20 @@ class _SharedGroups(_Groups):
         """Tell the service which groups have sockets here."""
         while self.members:
             changed, self.changed = self.changed, set()
+            joins, self.joining = self.joining, []
             old = changed - self.members.keys()
-            await self.change(connection, changed - old, old)
+            await self.change(connection, changed - old, old, joins)
             await self.wake.wait()
             self.wake.clear()
 
-    def take_joining(self) -> list[asyncio.Future[None]]:
-        joining, self.joining = self.joining, []
-        return joining
-
-    def confirm(self, joining: list[asyncio.Future[None]]) -> None:
+    def confirm(self, joins: list[asyncio.Future[None]]) -> None:
         """Complete these joins: the service has answered."""
         if self.pause:
             _logger.warning("%s is back: groups work again", self.service)
             self.pause = 0.0
-        self.complete(joining)
-
-    def complete(self, joining: list[asyncio.Future[None]]) -> None:
-        """Complete these joins, except for those that were cancelled."""
-        for future in joining:
-            if not future.done():
-                future.set_result(None)
+        for join in joins:
+            if not join.done():  # it may be cancelled
+                join.set_result(None)
 
     async def publish(self, group: str, message: _GroupMessage) -> bool | None:
         """Publish a message; the listeners of all processes deliver it.
@@ -2009,27 +2005,29 @@ class _SharedGroups(_Groups):
         transaction, and on a connection that outlives `async_to_sync()`.
         """
         packed = self.pack(group, message)
+        # asgiref has an executor there while a thread waits in async_to_sync().
         executor = getattr(AsyncToSync.executors, "current", None)
-        waits = executor is not None and not executor._broken
+        from_sync = executor is not None and not executor._broken
         publish = self.publish_on_loop
-        if waits or self.listener is None:
-            same = waits or self.uses_django
+        if from_sync or self.listener is None:
+            same = from_sync or self.uses_django
             publish = sync_to_async(self.publish_in_thread, thread_sensitive=same)
         try:
             heard: bool | None = await publish(group, packed)
         finally:
-            if self.listener is None:
+            if self.listener is None:  # it may have ended meanwhile
                 await self.stop_publishing()
         return heard
 
 
-def _redis_client(module: Any, url: str, retries: int, **options: Any) -> Any:
-    """Return a client of one of redis-py's modules, `redis` or `redis.asyncio`."""
-    from redis import backoff, exceptions
+def _redis_client(url: str, asynchronous: bool, retries: int, **options: Any) -> Any:
+    """Return a client of redis-py's."""
+    import redis
 
+    module: Any = redis.asyncio if asynchronous else redis
     # A connection may be stale, so another try makes sense, but not after a timeout.
-    errors = (exceptions.ConnectionError,)
-    retry = module.retry.Retry(backoff.NoBackoff(), retries, errors)
+    errors = (redis.ConnectionError,)
+    retry = module.retry.Retry(redis.backoff.NoBackoff(), retries, errors)
     options.update(retry=retry, socket_timeout=1.5, socket_connect_timeout=1.5)
     pool = module.BlockingConnectionPool.from_url(url, max_connections=10, **options)
     pool.connection_kwargs["decode_responses"] = False  # messages may be bytes
@@ -2039,10 +2037,8 @@ def _redis_client(module: Any, url: str, retries: int, **options: Any) -> Any:
 
 @functools.cache
 def _redis_publisher(url: str) -> Any:
-    """Return the client that all threads of this process, and its forks, publish by."""
-    import redis
-
-    return _redis_client(redis, url, 1, timeout=0.5)  # for one of the 10 connections
+    """Return the client by which all threads of this process, and forks, publish."""
+    return _redis_client(url, False, 1, timeout=0.5)  # for one of the 10 connections
 
 
 class _RedisGroups(_SharedGroups):
@@ -2056,36 +2052,27 @@ class _RedisGroups(_SharedGroups):
         self.url: str = options["REDIS_URL"]
         self.publisher = _redis_publisher(self.url)
         self.client: Any = None  # publishes while there are members
-        # One list for each channel in a pending SUBSCRIBE. All who joined by it are in
-        # the list of its last channel.
-        self.unconfirmed: deque[list[asyncio.Future[None]]] = deque()
 
     def channel(self, group: str) -> bytes:
         return f"{self.prefix}:{group}".encode("utf-8", "surrogatepass")
 
-    def start_over(self) -> list[asyncio.Future[None]]:
-        waiting = sum(self.unconfirmed, []) + self.joining
-        self.unconfirmed.clear()
-        return waiting
-
     @asynccontextmanager
     async def connect(self) -> abc.AsyncIterator[Any]:
-        from redis import asyncio as module
-
-        # The listener must know when the connection breaks.
-        async with _redis_client(module, self.url, 0) as client:
+        # Not retried: the listener must know when the connection breaks.
+        async with _redis_client(self.url, True, 0) as client:
             async with client.pubsub() as pubsub:
                 await pubsub.connect()
                 yield pubsub
 
-    async def change(self, pubsub: Any, new: set[str], old: set[str]) -> None:
-        """Subscribe to the groups that have sockets here, and to no others."""
-        if new:
+    async def change(
+        self, pubsub: Any, new: set[str], old: set[str], joins: list[Any]
+    ) -> None:
+        if new:  # Redis confirms one channel after another
             self.unconfirmed += [[] for _ in new]
-            self.unconfirmed[-1].extend(self.take_joining())
+            self.unconfirmed[-1].extend(joins)
             await pubsub.subscribe(*map(self.channel, new))
-        else:
-            self.confirm(self.take_joining())  # they have left again
+        else:  # nothing to subscribe to: they have left again
+            self.confirm(joins)
         if old:
             await pubsub.unsubscribe(*map(self.channel, old))
 
@@ -2127,9 +2114,7 @@ class _RedisGroups(_SharedGroups):
 
     async def publish_on_loop(self, group: str, packed: bytes) -> bool:
         if self.client is None:
-            from redis import asyncio as module
-
-            self.client = _redis_client(module, self.url, 1, timeout=None)
+            self.client = _redis_client(self.url, True, 1, timeout=None)
         return bool(await self.client.publish(self.channel(group), packed))
 
     async def stop_publishing(self) -> None:
@@ -2155,8 +2140,7 @@ class _PostgresGroups(_SharedGroups):
         self.listen_alias: str = options["LISTEN"] or self.alias
         _check_postgres("DATABASE", self.alias)
         _check_postgres("LISTEN", self.listen_alias)
-        size = len(self.prefix.encode("utf-8", "replace"))
-        if not 0 < size < 64 or not self.prefix.isprintable():
+        if not self.prefix.isprintable() or not 0 < len(self.prefix.encode()) < 64:
             wrong = "must be 1 to 63 bytes of printable text, with PostgreSQL"
             raise ImproperlyConfigured(f"WEBSOCKETS['PREFIX'] {wrong}")
         self.connection: Any = None  # publishes while there are members
@@ -2182,8 +2166,10 @@ class _PostgresGroups(_SharedGroups):
         finally:
             await connection.close()
 
-    async def change(self, connection: Any, new: set[str], old: set[str]) -> None:
-        self.confirm(self.take_joining())  # the connection listens for all groups
+    async def change(
+        self, connection: Any, new: set[str], old: set[str], joins: list[Any]
+    ) -> None:
+        self.confirm(joins)  # the connection listens for all groups
 
     async def get_messages(self, connection: Any) -> list[str]:
         notifications = connection.notifies(stop_after=1)
@@ -2234,7 +2220,7 @@ class _PostgresGroups(_SharedGroups):
         used: Any = nullcontext(connection)
         blocks = connection.atomic_blocks
         if blocks and all(block._from_testcase for block in blocks):
-            used = closing(connection.copy())  # for that transaction never commits
+            used = closing(connection.copy())  # a TestCase's never commits
         with used as connection:
             try:
                 self.notify_by(connection, packed)
@@ -2243,34 +2229,30 @@ class _PostgresGroups(_SharedGroups):
                     raise
                 connection.close()  # PostgreSQL had closed it
                 self.notify_by(connection, packed)
-        return self.is_heard_here(group) or None
+        return self.has_members(group) or None
 
     def notify_by(self, connection: Any, packed: str) -> None:
         with connection.cursor() as cursor:
             cursor.execute(self.NOTIFY, [self.prefix, packed])
 
     async def publish_on_loop(self, group: str, packed: str) -> bool | None:
-        heard = self.is_heard_here(group) or None
         with connections[self.alias].wrap_database_errors:
             async with self.lock:
                 await self.notify(packed)
-        return heard
-
-    def is_heard_here(self, group: str) -> bool:
-        return any(group in groups.members for groups in list(self.loops.values()))
+        return self.has_members(group) or None
 
     async def notify(self, packed: str) -> None:
         from psycopg import OperationalError
 
-        kept = self.connection is not None
+        reused = self.connection is not None
         try:
             self.connection = self.connection or await self.open(self.alias)
             await self.connection.execute(self.NOTIFY, [self.prefix, packed])
         except OperationalError:
             await self.close_connection()
-            if not kept:
+            if not reused:
                 raise
-            await self.notify(packed)  # PostgreSQL had closed the connection
+            await self.notify(packed)  # PostgreSQL had closed it; a new one may work
 
     async def stop_publishing(self) -> None:
         async with self.lock:
@@ -2283,7 +2265,7 @@ class _PostgresGroups(_SharedGroups):
 
 
 def _pack(message: _GroupMessage) -> tuple[str, str | bytes]:
-    """Return a letter for the kind of a message, and what there is to say of it."""
+    """Return a letter for the kind of a message, and its body."""
     event = message.event
     if event["type"] == SendEvent.CLOSE:
         return "c", _encode_json([event["code"], event["reason"], message.spread])
@@ -2364,8 +2346,8 @@ def _new_groups() -> _Groups:
         raise ImproperlyConfigured(f"WEBSOCKETS['REDIS_URL']: {error}") from error
 
 
-def _groups(group: str) -> _Groups:
-    """Return the groups of the running event loop; check the name of one."""
+def _get_groups(group: str) -> _Groups:
+    """Return the running event loop's groups; raise TypeError unless `group` is str."""
     if not isinstance(group, str):
         raise TypeError(f"a group's name must be str, not {type(group).__name__}")
     return _Groups.loops.get(asyncio.get_running_loop()) or _new_groups()
@@ -2379,8 +2361,8 @@ async def broadcast(group: str, message: Any) -> bool | None:
     It waits for no client. One that reads so slowly that more than
     WEBSOCKETS["OUTBOX"] bytes wait for it (1 MiB) is closed with 1013.
 
-    Returns True where a socket was there to hear it, else False. PostgreSQL does not
-    tell: with it, the answer is True for a socket in this process, else None.
+    Returns whether the group had any socket. PostgreSQL does not tell: with it, the
+    answer is True for a socket in this process, else None.
 
     With PostgreSQL, synchronous code in a transaction sends when that is committed.
 
@@ -2388,7 +2370,8 @@ async def broadcast(group: str, message: Any) -> bool | None:
 
     Raises `TypeError` and `ValueError` for data that JSON cannot represent; with Redis
     also redis-py's `ConnectionError`, and then the message is lost; with PostgreSQL
-    Django's `DatabaseError`, and `ValueError` for more than 8,000 bytes.
+    Django's `DatabaseError`, and `ValueError` for one that takes more than 7,999 bytes
+    with its header (bytes as base64: about 5,900).
     """
     is_json = False
     if isinstance(message, str):
@@ -2400,7 +2383,7 @@ async def broadcast(group: str, message: Any) -> bool | None:
             is_json = True
             body = {"text": _escape_surrogates(_encode_json(message))}
     event = {"type": SendEvent.SEND, **body}
-    return await _groups(group).publish(group, _GroupMessage(event, is_json))
+    return await _get_groups(group).publish(group, _GroupMessage(event, is_json))
 
 
 async def close_group(
@@ -2416,8 +2399,8 @@ async def close_group(
     leave. Use it when a session ends, a user loses a permission, or a room closes.
 
     With `spread`, the sockets are closed at times spread evenly over that many seconds
-    (float), on every server, so that their clients do not come back all at once. This
-    returns before that.
+    (float), on every server, so that their clients do not come back all at once. It
+    returns without waiting for that.
 
     Cancelling it is safe: it closes all members or none.
 
@@ -2427,7 +2410,7 @@ async def close_group(
     if not 0 <= spread < math.inf:
         raise ValueError(f"spread must be a number of seconds, not {spread!r}")
     message = _GroupMessage(_close_event(code, reason), spread=float(spread))
-    await _groups(group).publish(group, message)
+    await _get_groups(group).publish(group, message)
 
 
 # Testing
