@@ -1076,6 +1076,13 @@ def make_readme_project() -> tuple[Path, list[str]]:
     write_readme(directory, *titles)
     with (directory / "mysite" / "urls.py").open("a") as file:
         file.write(README_ROUTES)
+    told = (HERE / "README.md").read_text()
+    with (directory / "mysite" / "settings.py").open("a") as file:
+        token = "mysite.middleware.token_middleware"
+        assert f'`"{token}"` at the end of `MIDDLEWARE`' in told
+        file.write(f"MIDDLEWARE += [{token!r}]\n")
+        [proxy] = re.findall(r"`(SECURE_PROXY_SSL_HEADER = .*?)`", told)
+        file.write(f"{proxy}\n")
     for command in (["makemigrations", "mysite"], ["migrate"]):
         run("python", "manage.py", *command, "-v0", cwd=directory)
     login = (
