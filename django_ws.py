@@ -1451,7 +1451,7 @@ class WebSocketHandler(base.BaseHandler):
                 raise result
             await self.report(socket.request, result, denied)
             if conf.settings.DEBUG:
-                reason = f"{type(result).__name__}: {result}"
+                reason = f"{type(result).__name__}: {result}".rstrip(": ")
         elif result is not None:
             text = "%s: the view returned a value after accept(), where nobody gets it"
             _logger.warning(text, socket.request.path)

@@ -159,7 +159,7 @@ def port(text: str) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Serve a page with a WebSocket.")
-    parser.add_argument("port", nargs="?", type=port, default=8000)
+    parser.add_argument("port", nargs="?", type=port, default=8000, help="or 8000")
     chosen = parser.parse_args().port
     try:
         listener = sockets.create_server(("127.0.0.1", chosen))
