@@ -14,9 +14,9 @@
     # views.py
     async def chat(socket, room):
         await socket.accept()
-        await socket.join(room)
-        async for message in socket.iter_json():
-            await broadcast(room, {"from": socket.user.username, **message})
+        await socket.join(f"chat-{room}")
+        async for text in socket.iter_text():
+            await broadcast(f"chat-{room}", {"who": socket.user.username, "text": text})
 
 The handshake is a Django request: it passes your MIDDLEWARE, is resolved by your
 URLconf, is checked against ALLOWED_HOSTS and CSRF_TRUSTED_ORIGINS, and is refused with
@@ -356,13 +356,15 @@ class _Endpoint:
     async def send_text(self, text: str) -> None:
         """Send `text` (str) as one text message. Cancelling it is safe.
 
+        Lone surrogates, which UTF-8 cannot encode, are sent as JSON escapes them.
+
         Raises `TypeError` for anything but str and `RuntimeError` before `accept()`,
         with nothing sent; `WebSocketDisconnect` when the connection has ended.
         Source: RFC 6455, section 5.6.
         """
         if not isinstance(text, str):
             raise TypeError(f"send_text() takes str, not {type(text).__name__}")
-        await self.send({"type": self._message, "text": text})
+        await self.send({"type": self._message, "text": _escape_surrogates(text)})
 
     async def send_bytes(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data` (bytes-like) as one binary message. Cancelling it is safe.
@@ -394,6 +396,7 @@ class _Endpoint:
 for _method in vars(_Endpoint).values():
     if is_async(_method):  # a forgotten `await` is reported by this name
         _method.__qualname__ = f"WebSocket.{_method.__name__}"
+del _method
 
 
 class _View:
@@ -725,7 +728,7 @@ class WebSocket(_Endpoint):
 
     def _close_unread(self) -> None:
         _logger.warning(
-            "%s: closed with 1008, since the view leaves more than %s bytes of its "
+            "%r: closed with 1008, since the view leaves more than %s bytes of its "
             "client's messages unread. Let it receive them.",
             self.request.path,
             _ReadAhead.LIMIT,
@@ -1303,9 +1306,8 @@ class WebSocketHandler(base.BaseHandler):
         """Resolve as Django does, but only to views for WebSockets."""
         match = super().resolve_request(request)
         if not hasattr(match.func, "websocket_view"):
-            text = (
-                f"{request.path} is no WebSocket: route it with websocket(), not path()"
-            )
+            advice = "is no WebSocket: route it with websocket(), not path()"
+            text = f"{request.path!r} {advice}"
             _logger.warning(text)
             raise http.Http404(text)
         return match
@@ -1416,7 +1418,7 @@ class WebSocketHandler(base.BaseHandler):
             if socket._state == "connecting":
                 if result is None:
                     _logger.warning(
-                        "%s: refused, since the view returned without accept(). Call "
+                        "%r: refused, since the view returned without accept(). Call "
                         "it, or close(), or return an HttpResponse.",
                         socket.request.path,
                     )
@@ -1453,7 +1455,7 @@ class WebSocketHandler(base.BaseHandler):
             if conf.settings.DEBUG:
                 reason = f"{type(result).__name__}: {result}".rstrip(": ")
         elif result is not None:
-            text = "%s: the view returned a value after accept(), where nobody gets it"
+            text = "%r: the view returned a value after accept(), where nobody gets it"
             _logger.warning(text, socket.request.path)
         # A frame takes 123 bytes (RFC 6455, section 5.5).
         return code, reason.encode("utf-8", "replace")[:123].decode("utf-8", "ignore")

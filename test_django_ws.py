@@ -655,6 +655,13 @@ class TestMessages:
                 assert await there.receive_bytes() == expected.encode()
 
     @asynchronous
+    async def test_text_that_utf8_cannot_encode_is_sent_as_json_escapes_it(
+        self, socket: Any, drive: Any
+    ) -> None:
+        await socket.send_text("é \ud800")  # a client may have sent it in JSON
+        assert drive.messages == ["é \\ud800"]
+
+    @asynchronous
     async def test_a_forgotten_await_is_told_by_its_public_name(
         self, socket: Any
     ) -> None:
@@ -1007,7 +1014,7 @@ class TestHandshake:
 
         with serve(path("page/", view), ws=ws) as server:
             assert server.handshake("/page/").status == 404
-            assert "/page/ is no WebSocket: route it with websocket()" in caplog.text
+            assert "'/page/' is no WebSocket: route it with websocket()" in caplog.text
             assert not ran
             assert server.get("/page/").body == b"page"
 
@@ -1236,7 +1243,9 @@ class TestBeforeAccept:
         assert vars(record)["request"].path == "/ws/"
         without = message.startswith(("Not Found", "Forbidden:"))
         assert bool(record.exc_info) != without
-        told = "/ws/: refused, since the view returned without accept()" in caplog.text
+        told = (
+            "'/ws/': refused, since the view returned without accept()" in caplog.text
+        )
         assert told == (view is forgetting)
 
     def test_a_response_is_closed(self) -> None:
