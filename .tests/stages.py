@@ -1098,6 +1098,8 @@ def make_readme_project() -> tuple[Path, list[str]]:
         "gone = User.objects.create_user('gone', is_active=False)\n"
         "print(*[signing.dumps(pk, salt='api') for pk in (1, gone.pk, 99)])\n"
         "print(signing.dumps(1, salt='other'))\n"
+        "import time; now = time.time(); time.time = lambda: now - 3700\n"
+        "print(signing.dumps(1, salt='api'))\n"
     )
     command = ["python", "manage.py", "shell", "-v0", "-c", login]
     return directory, run(*command, cwd=directory).split()

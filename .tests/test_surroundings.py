@@ -423,11 +423,20 @@ class TestReadme:
                 {**metrics, "deviceScaleFactor": 1},
             )
             assert browser.execute_script(width)
+            assert browser.execute_script("return innerWidth") == 360
+            # From now on a wait is noted, and takes a hundredth of its time.
+            browser.execute_script(
+                "const wait = setTimeout; window.waits = [];"
+                "window.setTimeout = (f, ms) => { waits.push(ms); wait(f, ms / 100) }"
+            )
             client = server.dial("/ws/chat/lobby/")
             client.send(b"rubbish")
             assert closed_with(client)[0] == 1003
         status = browser.find_element("css selector", "[role=status]")
         wait_for(lambda: status.text == "connecting again")
+        waits = wait_for(lambda: browser.execute_script("return waits.slice(7)[0]"), 30)
+        assert 15_000 <= waits <= 30_000  # milliseconds; it has grown
+        assert browser.execute_script("return waits[0]") <= 1000
         say(browser, "typed while it was down")
         with Process(tmp_path, *serving, port=server.port):
             wait_for(lambda: "typed while it was down" in said_in(browser), 60)
@@ -580,7 +589,8 @@ class TestReadme:
             good = {"Authorization": f"Bearer {readme.good_token}"}
             client = server.dial("/ws/room/lobby/", additional_headers=good)
             assert seen(client) == expected
-            assert len(readme.bad_tokens) == 3  # deactivated, deleted, forged
+            # Of a user who is not active, of one who is deleted, forged, expired.
+            assert len(readme.bad_tokens) == 4
             for token in readme.bad_tokens:
                 bad = {"Authorization": f"Bearer {token}"}
                 refused = server.handshake("/ws/room/lobby/", **bad)
@@ -751,6 +761,13 @@ class TestReadme:
             ]
             late.send("d")
             assert seen(late) == seen(writer) == {"id": 4, "text": "d"}
+            stale = (
+                "from mysite.models import Presence; from datetime import datetime, UTC;"
+                "Presence.objects.create(name='crashed');"
+                "Presence.objects.update(seen=datetime(2020, 1, 1, tzinfo=UTC))"
+            )
+            command = ("python", "manage.py", "shell", "-v0", "-c", stale)
+            run(*command, cwd=readme.directory)
             first = server.dial("/ws/presence/", **ann)
             assert seen(first) == {"here": ["ann"]}
             second = server.dial("/ws/presence/", **staff)
@@ -937,6 +954,9 @@ class TestExample:
             assert "hello" not in text_of("log") and "Grüße" in text_of("log")
             browser.find_element("id", "pause").send_keys(" ")
             assert text_of("pause") == "Resume hellos"
+            paused = text_of("hellos")
+            time.sleep(1.5)  # a hello came every second
+            assert int(text_of("hellos")) <= int(paused) + 1
             assert not [e for e in browser.get_log("browser") if e["level"] == "SEVERE"]
         wait_for(lambda: text_of("state") == "reconnecting")
         with Process(tmp_path, *EXAMPLE_PY, "{port}", port=server.port):
