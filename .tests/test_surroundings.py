@@ -762,7 +762,8 @@ class TestReadme:
             late.send("d")
             assert seen(late) == seen(writer) == {"id": 4, "text": "d"}
             stale = (
-                "from mysite.models import Presence; from datetime import datetime, UTC;"
+                "from datetime import datetime, UTC;"
+                "from mysite.models import Presence;"
                 "Presence.objects.create(name='crashed');"
                 "Presence.objects.update(seen=datetime(2020, 1, 1, tzinfo=UTC))"
             )
