@@ -821,20 +821,27 @@ class TestRoutes:
         assert response.status_code == 426
         assert not {"Upgrade", "Connection"} & set(response.headers)
 
-    def test_it_has_no_hop_by_hop_headers_under_wsgi(self) -> None:
+    @pytest.mark.parametrize("software", ["gunicorn/25", "WSGIServer/0.2"])
+    def test_it_has_no_hop_by_hop_headers_under_wsgi(
+        self, software: str, caplog: Log
+    ) -> None:
         from wsgiref.handlers import SimpleHandler
         from wsgiref.util import setup_testing_defaults
 
         from django.core.handlers.wsgi import WSGIHandler
 
         environ: dict[str, Any] = {"PATH_INFO": "/ws/", "HTTP_HOST": "localhost"}
+        environ["HTTP_UPGRADE"] = "websocket"
         setup_testing_defaults(environ)
         out = io.BytesIO()
         with configured([accepting], {}):
             handler = SimpleHandler(io.BytesIO(), out, io.StringIO(), environ)
+            handler.server_software = software
             handler.run(WSGIHandler())
         # wsgiref fails an assertion, a 500, on hop-by-hop headers.
         assert b" 426 Upgrade Required" in out.getvalue()
+        by_runserver = "Django's runserver speaks no WebSocket" in caplog.text
+        assert by_runserver == software.startswith("WSGIServer")
 
     @pytest.mark.parametrize(
         "headers",
