@@ -457,6 +457,7 @@ class _View:
     def stop(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
+            self.timer = None  # its context may refer to the socket
 
 
 def _size_of(event: Event) -> int:
@@ -954,6 +955,7 @@ class WebSocket(_Endpoint):
         self._view.task = None
         if self._membership is not None:
             cancelled = await self._membership.end(self) or cancelled
+            self._membership = None  # its context may refer to the socket
         error, self._view.error = self._view.error, None
         self._cancel_timer()
         if self._ahead is not None and self._ahead.task is not None:
@@ -1696,7 +1698,8 @@ class _Membership:
         """Send a message to the client, or queue it for the group's handler."""
         groups, handler = self.groups[group]
         # Without a handler now, it still comes after what waited for the last one.
-        if handler or any(name == group for name, _ in self.messages):
+        waits = self.messages and any(name == group for name, _ in self.messages)
+        if handler or waits:
             self.put(group, socket, message)
         else:
             socket._deliver(message.event, groups.limit)
@@ -1894,7 +1897,6 @@ class _SharedGroups(_Groups):
     get_messages: Any  # waits for what the connection receives, for SILENCE at most
     receive: Any  # delivers one of those
     ping: Any  # lets the connection receive something
-    change: Any  # subscribes to groups, unsubscribes from others, confirms joins
     pack: Any  # returns a group's message as the service takes it
     publish_in_thread: Any  # publishes that, in synchronous code
     publish_on_loop: Any  # the same, on connections that stop_publishing() closes
@@ -1990,6 +1992,12 @@ class _SharedGroups(_Groups):
             await self.change(connection, changed - old, old, joins)
             await self.wake.wait()
             self.wake.clear()
+
+    async def change(
+        self, connection: Any, new: set[str], old: set[str], joins: list[Any]
+    ) -> None:
+        """Subscribe to groups, unsubscribe from others; then joins can be confirmed."""
+        self.confirm(joins)  # a connection may listen for all groups
 
     def confirm(self, joins: list[asyncio.Future[None]]) -> None:
         """Complete these joins: the service has answered."""
@@ -2168,11 +2176,6 @@ class _PostgresGroups(_SharedGroups):
         finally:
             await connection.close()
 
-    async def change(
-        self, connection: Any, new: set[str], old: set[str], joins: list[Any]
-    ) -> None:
-        self.confirm(joins)  # the connection listens for all groups
-
     async def get_messages(self, connection: Any) -> list[str]:
         notifications = connection.notifies(stop_after=1)
         try:
@@ -2224,10 +2227,11 @@ class _PostgresGroups(_SharedGroups):
         if blocks and all(block._from_testcase for block in blocks):
             used = closing(connection.copy())  # a TestCase's never commits
         with used as connection:
+            reused = connection.connection is not None
             try:
                 self.notify_by(connection, packed)
             except DatabaseError:
-                if not connection.autocommit or connection.is_usable():
+                if not (reused and connection.autocommit) or connection.is_usable():
                     raise
                 connection.close()  # PostgreSQL had closed it
                 self.notify_by(connection, packed)

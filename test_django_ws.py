@@ -1971,6 +1971,7 @@ class TestLifeOfAView:
     )
     def test_a_socket_is_freed_without_the_garbage_collector(self, how: str) -> None:
         kept: list[Any] = []
+        variable: Any = contextvars.ContextVar("variable")
 
         class Precious(Exception):
             pass
@@ -2011,10 +2012,11 @@ class TestLifeOfAView:
                     if how == "handler raises":
                         raise Precious
 
+                variable.set(socket)  # join() copies the context
                 await socket.join("room", handler)
                 await broadcast("room", "x")
                 await close_group("room", spread=0.1)
-                await asyncio.sleep(3600)
+                await asyncio.Event().wait()
             else:
                 await socket.receive_text()
 
